@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package flowstore
+
+import (
+	"math/bits"
+
+	"github.com/weirgate/weir/module/packet"
+)
+
+// Brief is what is remembered of a connection that has no record: a handshake
+// that is complete but has not asked for anything (an embryo), or a connection
+// that is over (a tombstone, which is also the engine's TIME-WAIT).
+type Brief struct {
+	Key      packet.Tuple
+	IRS, ISS packet.Seq
+	Options  uint8 // cookie option bits of an embryo
+	dead     bool
+	next     uint32 // chain of the same bucket
+	born     uint32 // seconds of the engine's clock
+}
+
+// Ring remembers the last n Briefs; the oldest is evicted first. Lookups are
+// by 4-tuple and return the newest.
+type Ring struct {
+	items   []Brief
+	buckets []uint32 // index+1 into items, 0 = empty
+	mask    uint32
+	seed    uint64
+	head    uint32 // next place to write
+	n       int
+	life    uint32 // seconds
+}
+
+// NewRing makes a ring for n entries that live for the given seconds.
+func NewRing(n int, lifeSeconds uint32, seed uint64) *Ring {
+	size := 1 << bits.Len(uint(max(n, 2)-1))
+	return &Ring{
+		items:   make([]Brief, max(n, 2)),
+		buckets: make([]uint32, size),
+		mask:    uint32(size - 1),
+		seed:    seed,
+		life:    lifeSeconds,
+	}
+}
+
+// Len is the number of entries, expired ones included until they are evicted
+// or Expire finds them.
+func (g *Ring) Len() int { return g.n }
+
+func (g *Ring) bucket(k *packet.Tuple) *uint32 {
+	return &g.buckets[uint32(k.Hash(g.seed))&g.mask]
+}
+
+// Put remembers an entry; nowSeconds is its birth. It reports whether a live
+// entry had to be evicted for it.
+func (g *Ring) Put(b Brief, nowSeconds uint32) (evicted bool) {
+	it := &g.items[g.head]
+	if it.used() {
+		evicted = nowSeconds-it.born < g.life
+		g.unlink(g.head)
+	}
+	b.born, b.dead = nowSeconds, false
+	bk := g.bucket(&b.Key)
+	b.next = *bk
+	*bk = g.head + 1
+	*it = b
+	g.n++
+	g.head++
+	if int(g.head) == len(g.items) {
+		g.head = 0
+	}
+	return evicted
+}
+
+// Get returns the newest live entry of a 4-tuple, or nil. The entry may be
+// read until the next Put.
+func (g *Ring) Get(k *packet.Tuple, nowSeconds uint32) *Brief {
+	for i := *g.bucket(k); i != 0; i = g.items[i-1].next {
+		if it := &g.items[i-1]; it.Key == *k && nowSeconds-it.born < g.life {
+			return it
+		}
+	}
+	return nil
+}
+
+// Remove forgets all entries of a 4-tuple.
+func (g *Ring) Remove(k *packet.Tuple) {
+	for i := *g.bucket(k); i != 0; {
+		next := g.items[i-1].next
+		if g.items[i-1].Key == *k {
+			g.unlink(i - 1)
+		}
+		i = next
+	}
+}
+
+// Expire drops the entries that are past their life. It costs no more than
+// the number of entries dropped.
+func (g *Ring) Expire(nowSeconds uint32) {
+	for range len(g.items) {
+		if g.n == 0 {
+			return
+		}
+		tail := g.tail()
+		it := &g.items[tail]
+		if it.used() && nowSeconds-it.born < g.life {
+			return
+		}
+		if it.used() {
+			g.unlink(tail)
+		}
+	}
+}
+
+// tail is the place of the oldest entry that is still linked.
+func (g *Ring) tail() uint32 {
+	i := g.head
+	for !g.items[i].used() {
+		i++
+		if int(i) == len(g.items) {
+			i = 0
+		}
+	}
+	return i
+}
+
+func (b *Brief) used() bool { return b.Key != (packet.Tuple{}) && !b.dead }
+
+func (g *Ring) unlink(i uint32) {
+	it := &g.items[i]
+	for p := g.bucket(&it.Key); *p != 0; p = &g.items[*p-1].next {
+		if *p == i+1 {
+			*p = it.next
+			break
+		}
+	}
+	it.dead = true
+	g.n--
+}

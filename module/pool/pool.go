@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package pool keeps the idle server connections of a shard and the rules of
+// their use: which option classes fit together, when a connection may serve
+// another request, and which SNIP port a new connection takes.
+//
+// It holds no TCP state and does no I/O; the engine owns the records that the
+// lists name.
+package pool
+
+import (
+	"github.com/weirgate/weir/module/splice"
+)
+
+// Class is what must agree between a client and the server connection that it
+// uses, because it was negotiated in the server connection's handshake.
+//
+// A SACK sender ignores duplicate ACKs without blocks, so a client without
+// SACK needs a server connection without it; the reverse is allowed (blocks are
+// stripped). The MSS that we announced to a server bounds the segments which
+// the client will get.
+type Class uint8
+
+const (
+	classSACK  Class = 1 << iota
+	classLarge       // MSS of LargeMSS, else SmallMSS
+	Classes    = 4
+)
+
+// The two MSS classes, payload bytes per segment (RFC 9293 section 3.7.1: 536
+// is what every IPv4 host must take). Segments for clients below the small one
+// are cut by the engine.
+const (
+	LargeMSS = 1400
+	SmallMSS = 536
+)
+
+// ClassOf gives the class that a client needs.
+func ClassOf(clientMSS uint16, sack bool) Class {
+	var c Class
+	if clientMSS >= LargeMSS {
+		c |= classLarge
+	}
+	if sack {
+		c |= classSACK
+	}
+	return c
+}
+
+// SACK reports whether connections of the class offer SACK.
+func (c Class) SACK() bool { return c&classSACK != 0 }
+
+// MSS is what a connection of the class announces to the server.
+func (c Class) MSS() uint16 {
+	if c&classLarge != 0 {
+		return LargeMSS
+	}
+	return SmallMSS
+}
+
+// fallbacks lists, per wanted class, the classes that serve it, best first.
+var fallbacks = [Classes][]Class{
+	0:                      {0},
+	classSACK:              {classSACK, 0},
+	classLarge:             {classLarge, 0},
+	classLarge | classSACK: {classLarge | classSACK, classLarge},
+}
+
+// Pool holds idle connections by server and class. The most recently used one
+// is taken first, so that the surplus ages and can be closed.
+type Pool struct {
+	heads []list // server ID * Classes + class
+	links []link // by splice.Ref
+	n     int
+}
+
+type list struct {
+	first, last splice.Ref // most and least recently used
+	n           int32
+}
+
+type link struct {
+	prev, next splice.Ref
+	list       int32 // index into heads plus one, 0 = not idle
+}
+
+// New makes a pool for references up to capacity.
+func New(capacity int) *Pool {
+	return &Pool{links: make([]link, capacity+1)}
+}
+
+// Len is the number of idle connections.
+func (p *Pool) Len() int { return p.n }
+
+// Put adds an idle connection as the most recently used one.
+func (p *Pool) Put(server uint16, class Class, r splice.Ref) {
+	i := int(server)*Classes + int(class)
+	for len(p.heads) <= i {
+		p.heads = append(p.heads, list{})
+	}
+	l := &p.heads[i]
+	p.links[r] = link{next: l.first, list: int32(i + 1)}
+	if l.first != 0 {
+		p.links[l.first].prev = r
+	} else {
+		l.last = r
+	}
+	l.first = r
+	l.n++
+	p.n++
+}
+
+// Take removes and returns an idle connection of the server that fits the
+// class, or 0.
+func (p *Pool) Take(server uint16, want Class) splice.Ref {
+	for _, c := range fallbacks[want] {
+		i := int(server)*Classes + int(c)
+		if i < len(p.heads) && p.heads[i].first != 0 {
+			r := p.heads[i].first
+			p.Remove(r)
+			return r
+		}
+	}
+	return 0
+}
+
+// Remove takes a connection out of its list; it reports whether it was idle.
+func (p *Pool) Remove(r splice.Ref) bool {
+	k := p.links[r]
+	if k.list == 0 {
+		return false
+	}
+	l := &p.heads[k.list-1]
+	if k.prev != 0 {
+		p.links[k.prev].next = k.next
+	} else {
+		l.first = k.next
+	}
+	if k.next != 0 {
+		p.links[k.next].prev = k.prev
+	} else {
+		l.last = k.prev
+	}
+	p.links[r] = link{}
+	l.n--
+	p.n--
+	return true
+}
+
+// Idle is the number of idle connections to a server.
+func (p *Pool) Idle(server uint16) int {
+	n := 0
+	for c := range Classes {
+		if i := int(server)*Classes + c; i < len(p.heads) {
+			n += int(p.heads[i].n)
+		}
+	}
+	return n
+}
+
+// Oldest returns the least recently used idle connection to a server, of any
+// class but with the fullest class first, or 0.
+func (p *Pool) Oldest(server uint16) splice.Ref {
+	var r splice.Ref
+	var most int32
+	for c := range Classes {
+		if i := int(server)*Classes + c; i < len(p.heads) && p.heads[i].n > most {
+			most, r = p.heads[i].n, p.heads[i].last
+		}
+	}
+	return r
+}
