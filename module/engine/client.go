@@ -1,0 +1,438 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"github.com/weirgate/weir/module/http1"
+	"github.com/weirgate/weir/module/packet"
+	"github.com/weirgate/weir/module/splice"
+)
+
+// Times of the hold rules (DESIGN.md section 3.2), nanoseconds.
+const (
+	// nagleWait: a segment shorter than the client's MSS that does not
+	// complete the head is acknowledged after this, because a client with
+	// Nagle's algorithm would never send the rest otherwise.
+	nagleWait = 40 * millisecond
+	// holdWait: nothing stays unacknowledged longer, or the client's
+	// retransmission timer would take a slow server for loss.
+	holdWait = second
+	// challengeEvery limits ACKs that answer unacceptable segments
+	// (RFC 5961 section 7).
+	challengeEvery = 500 * millisecond
+)
+
+// fromClient handles a packet to a VIP.
+func (e *Engine) fromClient(key *packet.Tuple, p *packet.TCP, ev *Event) {
+	r := e.clients.Lookup(key)
+	if r == 0 {
+		r = e.stranger(key, p)
+		if r == 0 {
+			return
+		}
+	}
+	c := e.clients.At(r)
+	fl := p.Flags()
+	if fl.Has(packet.RST) {
+		e.clientRST(r, c, p)
+		return
+	}
+	if fl.Has(packet.SYN) || !fl.Has(packet.ACK) {
+		// A plain SYN never comes here; what else has SYN is nonsense on a
+		// synchronised connection (RFC 5961 section 4: challenge).
+		e.challengeClient(r, c)
+		return
+	}
+	// RFC 9293 section 3.10.7.4, fifth: an acknowledgment of what was never
+	// sent is answered and dropped. It must not mark a response complete.
+	ack := p.Ack()
+	if c.SndNxt.Less(ack) || ack.Less(c.SndUna.Sub(maxWindow)) {
+		e.Count.add(ReasonAckBeyond)
+		e.challengeClient(r, c)
+		return
+	}
+	if c.SndUna.LessEq(ack) {
+		c.SndUna = ack
+		c.SndWnd = splice.TrueWindow(p.Window(), c.Scale)
+	}
+	c.Last = e.now
+	switch c.State {
+	case splice.ClientSpliced:
+		e.clientSpliced(r, c, p, ev)
+	case splice.ClientHead, splice.ClientBinding:
+		e.clientHeld(r, c, p, ev)
+	case splice.ClientAnswering:
+		e.clientAnswering(r, c, p, ev)
+	case splice.ClientClosing:
+		e.clientClosing(r, c, p)
+	}
+}
+
+// maxWindow is the largest window that a scale can express (RFC 7323).
+const maxWindow = packet.Size(1 << 30)
+
+// stranger handles a segment to a VIP that has no record: the end of a
+// handshake, the first data of a preconnected client, or nothing of ours. It
+// returns the record that was made, or 0.
+func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
+	fl := p.Flags()
+	if fl.Has(packet.RST) || fl.Has(packet.SYN) || !fl.Has(packet.ACK) {
+		if fl.Has(packet.RST) {
+			if b := e.embryos.Get(key, e.seconds()); b != nil && p.Seq() == b.IRS.Add(1) {
+				e.embryos.Remove(key)
+			}
+		}
+		e.Count.add(ReasonUnknownClient)
+		return 0
+	}
+	// The first segment after the handshake carries these two numbers; what
+	// lies beyond them is not accepted from an unknown connection.
+	isn, iss := p.Seq().Sub(1), p.Ack().Sub(1)
+	if b := e.tombs.Get(key, e.seconds()); b != nil {
+		if b.IRS == isn || b.ISS == iss || !e.fresh(key, isn, iss) {
+			e.tombstoned(key, p)
+			return 0
+		}
+	}
+	opt, ok := options(0), false
+	if b := e.embryos.Get(key, e.seconds()); b != nil && b.IRS == isn && b.ISS == iss {
+		opt, ok = options(b.Options), true
+	} else {
+		opt, ok = e.opt.Handshake.Validate(key, isn, iss, e.now)
+	}
+	f := e.db.ByVIP(key.Dst)
+	if !ok || f == nil || e.stopping {
+		if !ok {
+			e.Count.add(ReasonBadCookie)
+		}
+		e.statelessReset(key, p)
+		return 0
+	}
+	if p.PayloadLen() == 0 {
+		if fl.Has(packet.FIN) {
+			// Connected and gone without a word: answered without state.
+			e.Count.add(ReasonStatelessFIN)
+			e.out.segment(&packet.Segment{
+				Src: key.Dst, Dst: key.Src, Seq: p.Ack(), Ack: p.End(),
+				Flags: packet.FIN | packet.ACK, Window: HoldWindow >> splice.ScaleToClient, TTL: 64,
+			}, nil)
+			e.embryos.Remove(key)
+			return 0
+		}
+		if e.embryos.Get(key, e.seconds()) == nil {
+			e.embryos.Put(flowBrief(key, isn, iss, opt), e.seconds())
+		}
+		return 0
+	}
+	r := e.clients.Insert(key)
+	if r == 0 {
+		// INV-7: refuse the new connection cleanly.
+		e.Count.add(ReasonTableFull)
+		e.statelessReset(key, p)
+		return 0
+	}
+	e.embryos.Remove(key)
+	c := e.clients.At(r)
+	*c = splice.Client{
+		State: splice.ClientHead, Scale: opt.scale(), Farm: f.ID, MSS: opt.mss(),
+		IRS: isn, ISS: iss, RcvNxt: isn.Add(1), RcvAcked: isn.Add(1),
+		SndUna: iss.Add(1), SndNxt: iss.Add(1),
+		Started: e.now, Last: e.now,
+	}
+	if opt.sack() {
+		c.Flags |= splice.ClientSACK
+	}
+	if own := e.clientMSS(p); own < c.MSS {
+		c.MSS = own
+	}
+	c.Epoch.ReqBase = c.RcvNxt
+	f.Stats.ClientConnections.Add(1)
+	return r
+}
+
+// clientMSS bounds what we send to clients by what our own side of the path
+// takes.
+func (e *Engine) clientMSS(p *packet.TCP) uint16 {
+	if p.V6() {
+		return e.opt.Handshake.MSS6
+	}
+	return e.opt.Handshake.MSS4
+}
+
+// fresh says whether a segment on a tombstoned 4-tuple opens a new
+// incarnation. Both numbers must differ from the old ones: every duplicate of
+// the old first segment has a valid cookie too, and would run a request twice.
+func (e *Engine) fresh(key *packet.Tuple, isn, iss packet.Seq) bool {
+	_, ok := e.opt.Handshake.Validate(key, isn, iss, e.now)
+	return ok
+}
+
+// clientHeld handles a segment of a client whose request is not at a server:
+// the head is incomplete, or a connection is still being opened. Its bytes are
+// held and, as a rule, not acknowledged: the client keeps them.
+func (e *Engine) clientHeld(r splice.Ref, c *splice.Client, p *packet.TCP, ev *Event) {
+	n := p.PayloadLen()
+	fin := p.Flags().Has(packet.FIN)
+	seq := p.Seq()
+	if n == 0 && !fin {
+		if seq.Less(c.RcvNxt) && seq.Add(1) == c.RcvNxt {
+			e.ackClient(r, c) // keep-alive probe (RFC 9293 section 3.8.4)
+		}
+		return
+	}
+	if c.Flags&splice.ClientFINSeen != 0 || c.RcvNxt.Less(seq) {
+		// After its FIN, or beyond a gap: the sender repeats what is missing.
+		if c.RcvNxt.Less(seq) {
+			e.Count.add(ReasonBeyondFrontier)
+		}
+		e.challengeClient(r, c)
+		return
+	}
+	skip := int(seq.To(c.RcvNxt))
+	if skip > n || skip == n && !fin {
+		// Held already: the client's timer fired, so acknowledge early; the
+		// bytes become ours to keep (DESIGN.md 3.2 b).
+		e.earlyACK(r, c)
+		return
+	}
+	if n > skip {
+		e.hold(r, c, p.Payload()[skip:])
+		if c.State == splice.ClientFree {
+			return
+		}
+	}
+	if fin {
+		e.clientFIN(r, c)
+		if c.State == splice.ClientFree {
+			return
+		}
+	}
+	switch c.State {
+	case splice.ClientHead:
+		e.scanHead(r, c, p, ev)
+	case splice.ClientBinding:
+		e.touchClient(r, c)
+	}
+}
+
+// hold appends in-order bytes to what is held of the client.
+func (e *Engine) hold(r splice.Ref, c *splice.Client, b []byte) {
+	d := e.sideOf(c)
+	// The advertised window is never larger than what is left of this, so an
+	// honest client does not reach it.
+	room := e.holdCap() - len(d.held) - len(d.next)
+	if len(b) > room {
+		e.Count.add(ReasonBeyondWindow)
+		b = b[:max(room, 0)]
+	}
+	if len(d.held) == 0 && c.State == splice.ClientHead {
+		d.req.Reset()
+		d.scanned = 0
+		c.Started = e.now
+	}
+	if c.Flags&splice.ClientReqEndKnown != 0 || c.State == splice.ClientSpliced {
+		// The present request's end is known: split there.
+		k := 0
+		if c.RcvNxt.Less(c.ReqEnd) {
+			k = min(len(b), int(c.RcvNxt.To(c.ReqEnd)))
+		}
+		d.held = append(d.held, b[:k]...)
+		d.next = append(d.next, b[k:]...)
+		c.RcvNxt = c.RcvNxt.Add(packet.Size(len(b)))
+		return
+	}
+	d.held = append(d.held, b...)
+	c.RcvNxt = c.RcvNxt.Add(packet.Size(len(b)))
+	if c.State == splice.ClientBinding {
+		e.followBody(c, d, len(d.held)-len(b))
+	}
+}
+
+// followBody moves the body cursor over held bytes from index i on and, when
+// the end of the request is found, splits what follows off into next.
+func (e *Engine) followBody(c *splice.Client, d *side, i int) {
+	n, st := c.ReqBody.Feed(d.held[i:], &e.opt.Limits)
+	switch st {
+	case http1.Done:
+		c.ReqEnd = c.Epoch.ReqBase.Add(packet.Size(i + n))
+		c.Flags |= splice.ClientReqEndKnown
+		d.next = append(d.next, d.held[i+n:]...)
+		d.held = d.held[:i+n]
+	case http1.Bad:
+		c.Flags |= splice.ClientReqBad
+	}
+}
+
+// holdCap is how many bytes are held of one client at most.
+func (e *Engine) holdCap() int { return int(e.opt.Limits.Head) + HoldWindow }
+
+// scanHead scans what is held of a head. p is the packet under verdict that
+// brought the last bytes, or nil.
+func (e *Engine) scanHead(r splice.Ref, c *splice.Client, p *packet.TCP, ev *Event) {
+	d := e.sideOf(c)
+	from := d.scanned
+	n, st := d.req.Scan(d.held[from:], &e.opt.Limits, nil)
+	d.scanned += n
+	switch st {
+	case http1.More:
+		if len(d.held) == 0 && c.Flags&splice.ClientFINSeen != 0 {
+			// The FIN of a client that asked for nothing (more).
+			e.Count.add(ReasonClientFIN)
+			e.finishClient(r, c)
+			return
+		}
+		if c.Flags&splice.ClientFINSeen != 0 {
+			e.Count.add(ReasonAbortedRequest)
+			e.answer(r, c, reply{status: 400, close: true})
+			return
+		}
+		e.waitForMore(r, c, d, p)
+	case http1.Bad:
+		e.refuse(r, c, d)
+	case http1.Done:
+		c.HeadLen = uint32(from + n)
+		if d.req.Outcome == http1.Reject {
+			e.refuse(r, c, d)
+			return
+		}
+		e.request(r, c, d, p, ev)
+	}
+}
+
+// waitForMore decides when an incomplete head is acknowledged early
+// (DESIGN.md 3.2): at once when W_hold is reached, soon when the last segment
+// is a short one.
+func (e *Engine) waitForMore(r splice.Ref, c *splice.Client, d *side, p *packet.TCP) {
+	unacked := int(c.RcvAcked.To(c.RcvNxt))
+	switch {
+	case unacked >= HoldWindow-int(c.MSS):
+		e.earlyACK(r, c)
+	case p != nil && p.PayloadLen() < int(c.MSS):
+		c.Due = e.now + nagleWait
+	default:
+		c.Due = c.Started + holdWait
+	}
+	e.touchClient(r, c)
+}
+
+// earlyACK acknowledges everything that is held: from now on these bytes are
+// ours to keep and to retransmit.
+func (e *Engine) earlyACK(r splice.Ref, c *splice.Client) {
+	if c.RcvAcked != c.RcvNxt {
+		c.Flags |= splice.ClientEarlyAck
+		e.Count.add(ReasonEarlyACK)
+	}
+	c.Due = 0
+	e.ackClient(r, c)
+	e.touchClient(r, c)
+}
+
+// clientRST handles a reset from a client (RFC 5961 section 3.2, with the
+// numbers that a real client's reset can have).
+func (e *Engine) clientRST(r splice.Ref, c *splice.Client, p *packet.TCP) {
+	if seq := p.Seq(); seq != c.RcvNxt && seq != c.RcvAcked {
+		e.Count.add(ReasonBlindReset)
+		e.challengeClient(r, c)
+		return
+	}
+	e.Count.add(ReasonClientReset)
+	e.dropClient(r, c)
+}
+
+// dropClient forgets a client that is gone: its response is drained, its
+// record becomes a tombstone. Nothing is sent to it.
+func (e *Engine) dropClient(r splice.Ref, c *splice.Client) {
+	if s := c.Srv; s != 0 {
+		e.orphan(s, e.servers.At(s), c)
+	}
+	e.removeClient(r, c)
+}
+
+// clientFIN notes a FIN that is next in order.
+func (e *Engine) clientFIN(r splice.Ref, c *splice.Client) {
+	c.Flags |= splice.ClientFINSeen
+	c.CliFIN = c.RcvNxt
+	c.RcvNxt = c.RcvNxt.Add(1)
+}
+
+// sideOf returns the connection's side memory and makes it if there is none.
+func (e *Engine) sideOf(c *splice.Client) *side {
+	if c.Side == 0 {
+		c.Side = e.sides.get()
+		d := e.sides.at(c.Side)
+		d.req.Reset()
+		return d
+	}
+	return e.sides.at(c.Side)
+}
+
+func (e *Engine) freeSide(c *splice.Client) {
+	if c.Side != 0 {
+		e.sides.put(c.Side)
+		c.Side = 0
+	}
+}
+
+// clientWindow is the window field that we advertise on our own segments.
+func (e *Engine) clientWindow(c *splice.Client) uint16 {
+	room := HoldWindow
+	if c.Side != 0 {
+		d := e.sides.at(c.Side)
+		room = min(room, e.holdCap()-len(d.held)-len(d.next))
+	}
+	return splice.WindowField(uint32(max(room, 0)), toClientShift(c))
+}
+
+func toClientShift(c *splice.Client) uint8 {
+	if c.Scale == splice.NoScale {
+		return splice.NoScale
+	}
+	return splice.ScaleToClient
+}
+
+// ackClient sends a bare ACK of everything that came in order.
+func (e *Engine) ackClient(r splice.Ref, c *splice.Client) {
+	e.sendClient(r, c, packet.ACK, c.SndNxt, nil)
+}
+
+// sendClient emits one segment of our own to the client.
+func (e *Engine) sendClient(r splice.Ref, c *splice.Client, fl packet.Flags, seq packet.Seq, payload []byte) {
+	k := e.clients.Key(r)
+	e.out.segment(&packet.Segment{
+		Src: k.Dst, Dst: k.Src, Seq: seq, Ack: c.RcvNxt, Flags: fl,
+		Window: e.clientWindow(c), TTL: 64,
+	}, payload)
+	c.RcvAcked = c.RcvNxt
+}
+
+// challengeClient answers an unacceptable segment with an ACK, rate limited
+// per flow. It acknowledges no more than was acknowledged before.
+func (e *Engine) challengeClient(r splice.Ref, c *splice.Client) {
+	if e.now-c.LastACK < challengeEvery && c.LastACK != 0 {
+		return
+	}
+	c.LastACK = e.now
+	e.Count.add(ReasonChallengeACK)
+	k := e.clients.Key(r)
+	e.out.segment(&packet.Segment{
+		Src: k.Dst, Dst: k.Src, Seq: c.SndNxt, Ack: c.RcvAcked, Flags: packet.ACK,
+		Window: e.clientWindow(c), TTL: 64,
+	}, nil)
+}
+
+// statelessReset answers a segment that belongs to nothing: RST with SEQ =
+// SEG.ACK (RFC 9293 section 3.10.7.1), rate limited over all flows.
+func (e *Engine) statelessReset(key *packet.Tuple, p *packet.TCP) {
+	if p.Flags().Has(packet.RST) {
+		return
+	}
+	if s := e.now / second; s != e.rstSlot {
+		e.rstSlot, e.rstCount = s, 0
+	}
+	if e.rstCount >= 1000 {
+		return
+	}
+	e.rstCount++
+	e.Count.add(ReasonStatelessReset)
+	e.out.segment(&packet.Segment{Src: key.Dst, Dst: key.Src, Seq: p.Ack(), Flags: packet.RST, TTL: 64}, nil)
+}

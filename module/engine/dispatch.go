@@ -1,0 +1,398 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"net/netip"
+
+	"github.com/weirgate/weir/module/farm"
+	"github.com/weirgate/weir/module/http1"
+	"github.com/weirgate/weir/module/packet"
+	"github.com/weirgate/weir/module/pool"
+	"github.com/weirgate/weir/module/splice"
+	"github.com/weirgate/weir/policies/snapshot"
+)
+
+// maxAttempts bounds how often one request is dispatched.
+const maxAttempts = 5
+
+// keepAlive is what is inserted into the head of an HTTP/1.0 request whose
+// client does not ask to keep the connection (the patent's case 3 of
+// maximising offload).
+const keepAlive = "Connection: Keep-Alive\r\n"
+
+// neutral replaces the name of a Connection field that must not reach a
+// pooled server: same length, no meaning.
+const neutral = "Weir-Close"
+
+// neutralForwarded does the same for the two forwarding fields.
+const (
+	neutralXFF       = "Weir-Forwarded1" // X-Forwarded-For
+	neutralForwarded = "Weir-Fwdd"       // Forwarded
+)
+
+// request handles a complete head: FIG 3 steps 302 and 304, FIG 7 step 704.
+func (e *Engine) request(r splice.Ref, c *splice.Client, d *side, p *packet.TCP, ev *Event) {
+	h := &d.req
+	c.Method = h.Method
+	c.Attempts = 0
+	d.tried.Reset()
+	c.Flags &^= splice.ClientResponded | splice.ClientReqBad | splice.ClientReqEndKnown |
+		splice.ClientIdempotent | splice.ClientWantClose
+	c.ReqBody.Start(h.Body, h.Length)
+	switch {
+	case h.Body == http1.BodyNone:
+		c.ReqEnd = c.Epoch.ReqBase.Add(packet.Size(c.HeadLen))
+		c.Flags |= splice.ClientReqEndKnown
+		d.next = append(d.next[:0], d.held[c.HeadLen:]...)
+		d.held = d.held[:c.HeadLen]
+		if h.Method.Idempotent() {
+			c.Flags |= splice.ClientIdempotent
+		}
+	default:
+		e.followBody(c, d, int(c.HeadLen))
+		nearReqEnd(c)
+	}
+	// HTTP/1.0 closes unless asked not to, HTTP/1.1 the other way round
+	// (RFC 9112 section 9.3). What must not be shared is closed too.
+	if h.Close || h.Minor == 0 && !h.KeepAlive || h.Outcome == http1.Isolate {
+		c.Flags |= splice.ClientWantClose
+	}
+	c.State = splice.ClientBinding
+	c.Due = c.Started + holdWait
+	if f := e.db.FarmByID(c.Farm); f != nil {
+		f.Stats.Requests.Add(1)
+	}
+	e.dispatch(r, c, p, ev)
+}
+
+// dispatch selects a server and finds a connection to it: FIG 3 step 306,
+// FIG 7 step 706. p is the packet under verdict if it holds all of the
+// request, or nil. It reports whether the request left the line of those that
+// wait for capacity.
+func (e *Engine) dispatch(r splice.Ref, c *splice.Client, p *packet.TCP, ev *Event) bool {
+	f := e.db.FarmByID(c.Farm)
+	if f == nil {
+		e.answer(r, c, reply{status: 503, retry: 1, close: true})
+		return true
+	}
+	d := e.sides.at(c.Side)
+	if c.Attempts >= maxAttempts {
+		e.giveUp(r, c, d)
+		return true
+	}
+	h := &d.req
+	req := snapshot.Request{
+		Method: h.MethodSpan.Of(d.held), Host: h.Host.Of(d.held), Path: h.Path.Of(d.held),
+		Client: e.clients.Key(r).Src.Addr, Now: e.now,
+	}
+	choice := f.Selector.Load().Choose(&req, f.Lives, &d.tried, e.random(), &e.scratch)
+	switch choice.Kind {
+	case snapshot.ChoiceReject:
+		if d.why != ReasonNone {
+			// Every server was tried: say what happened there.
+			e.giveUp(r, c, d)
+			return true
+		}
+		e.answer(r, c, reply{status: int(choice.Status), retry: choice.RetryAfter})
+		return true
+	case snapshot.ChoiceRedirect:
+		e.answer(r, c, reply{status: int(choice.Status), location: choice.Location})
+		return true
+	case snapshot.ChoiceWait:
+		return e.wait(r, c, f)
+	}
+	sv := f.Servers[choice.Server]
+	class := pool.ClassOf(c.MSS, c.Flags&splice.ClientSACK != 0)
+	if s := e.idle.Take(sv.ID, class); s != 0 {
+		sv.Live.Idle.Add(-1)
+		f.Stats.Reused.Add(1)
+		sv.Stats.Reused.Add(1)
+		e.leaveLine(c, f)
+		c.Attempts++
+		d.tried.Set(int(choice.Server))
+		sv.Live.Active.Add(1)
+		e.bind(r, c, s, e.servers.At(s), p, ev)
+		return true
+	}
+	s, why := e.open(f, sv, class)
+	if s == 0 {
+		e.Count.add(why)
+		return e.wait(r, c, f)
+	}
+	e.leaveLine(c, f)
+	c.Attempts++
+	d.tried.Set(int(choice.Server))
+	sv.Live.Active.Add(1)
+	c.Srv = s
+	e.servers.At(s).Cli = r
+	e.touchClient(r, c)
+	return true
+}
+
+// giveUp answers for a request that no server took.
+func (e *Engine) giveUp(r splice.Ref, c *splice.Client, d *side) {
+	status := 502
+	if d.why == ReasonConnectTimeout || d.why == ReasonServerSilent {
+		status = 504
+	}
+	e.answer(r, c, reply{status: status})
+}
+
+// line is the waiting line of a farm: requests that found no capacity, first
+// come first served, at most pool.max_waiting of them.
+type line struct {
+	refs []splice.Ref // may hold clients that left; their flag says so
+	head int
+	n    int
+}
+
+// wait puts a request into the farm's line. It returns false where the request
+// stands in the line already and did not move.
+func (e *Engine) wait(r splice.Ref, c *splice.Client, f *farm.Farm) bool {
+	if c.Flags&splice.ClientWaiting != 0 {
+		return false
+	}
+	l := e.waits[f.ID]
+	if l == nil {
+		l = &line{}
+		e.waits[f.ID] = l
+	}
+	if f.Pool.MaxWaiting > 0 && l.n >= int(f.Pool.MaxWaiting) {
+		e.Count.add(ReasonWaitingFull)
+		e.answer(r, c, reply{status: 503, retry: 1})
+		return true
+	}
+	c.Flags |= splice.ClientWaiting
+	c.Waits = e.now + f.Pool.WaitTimeout
+	e.Count.add(ReasonWaited)
+	l.n++
+	if l.head > 64 && l.head*2 > len(l.refs) {
+		l.refs = append(l.refs[:0], l.refs[l.head:]...)
+		l.head = 0
+	}
+	l.refs = append(l.refs, r)
+	e.touchClient(r, c)
+	return true
+}
+
+func (e *Engine) leaveLine(c *splice.Client, f *farm.Farm) {
+	if c.Flags&splice.ClientWaiting != 0 {
+		c.Flags &^= splice.ClientWaiting
+		if l := e.waits[f.ID]; l != nil {
+			l.n--
+		}
+	}
+}
+
+// wakeFarm lets the farm's line move as far as there is capacity.
+func (e *Engine) wakeFarm(id uint16) {
+	l := e.waits[id]
+	if l == nil {
+		return
+	}
+	for l.head < len(l.refs) {
+		r := l.refs[l.head]
+		if e.clients.Live(r) {
+			c := e.clients.At(r)
+			if c.Flags&splice.ClientWaiting != 0 && c.Farm == id && c.State == splice.ClientBinding && !e.dispatch(r, c, nil, nil) {
+				return
+			}
+		}
+		l.head++
+	}
+	l.refs, l.head = l.refs[:0], 0
+}
+
+// bind starts an epoch: the request goes to the server connection s (FIG 3
+// step 310, FIG 7 step 708). If p is the packet under verdict and holds all of
+// what is held, it is rewritten in place; else the bytes are emitted.
+func (e *Engine) bind(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server, p *packet.TCP, ev *Event) {
+	d := e.sides.at(c.Side)
+	v.State = splice.ServerActive
+	v.Cli, c.Srv = r, s
+	v.Requests++
+	v.Flags &^= splice.ServerReqSent | splice.ServerReqEnd | splice.ServerRespEnd |
+		splice.ServerHeadDone | splice.ServerUntilClose | splice.ServerPreopened
+	v.SndBase, v.RcvBase, v.RcvHigh = v.SndNxt, v.RcvNxt, v.RcvNxt
+	v.Resp.Reset(c.Method)
+	v.Last = e.now
+	v.Drained = 0
+	c.State = splice.ClientSpliced
+	c.Due = 0
+	c.Tries = 0
+	c.Epoch = splice.Epoch{ReqBase: c.Epoch.ReqBase, SndBase: v.SndNxt, RcvBase: v.RcvNxt, RespBase: c.SndNxt}
+	e.overlay(r, c, d)
+	e.setReqEnd(c, v)
+	if d.req.Outcome == http1.Isolate {
+		e.noReuse(v, ReasonIsolated)
+	}
+	e.touchServer(s, v)
+	e.touchClient(r, c)
+
+	if p != nil && c.Epoch.InsLen == 0 && len(d.next) == 0 && p.Seq() == c.Epoch.ReqBase &&
+		p.PayloadLen() == len(d.held) && (ev.GSO || p.PayloadLen() <= int(v.MSS)) && e.fits(v, packet.Size(len(d.sent))) {
+		changed := &d.sent[0] != &d.held[0]
+		if changed {
+			copy(p.Payload(), d.sent)
+		}
+		e.forwardToServer(r, c, s, v, p, ev, changed)
+		return
+	}
+	e.resend(r, c, s, v, v.SndBase)
+}
+
+// fits reports whether n more bytes lie inside the server's window.
+func (e *Engine) fits(v *splice.Server, n packet.Size) bool {
+	return v.SndNxt.Add(n).LessEq(v.SndEdge)
+}
+
+// setReqEnd brings the end of the request into the server's numbers once it is
+// known.
+func (e *Engine) setReqEnd(c *splice.Client, v *splice.Server) {
+	if c.Flags&splice.ClientReqEndKnown != 0 && v.Flags&splice.ServerReqEnd == 0 {
+		v.ReqEnd = c.Epoch.SeqToServer(c.ReqEnd)
+		v.Flags |= splice.ServerReqEnd
+	}
+}
+
+// overlay decides what the server gets for the held bytes: the edits of the
+// patent's "three cases" and of the farm's forwarded option. All insertions
+// stand at one place, before the empty line that ends the head.
+func (e *Engine) overlay(r splice.Ref, c *splice.Client, d *side) {
+	h := &d.req
+	d.sent, d.sentOK = d.held, true
+	var mode farm.ForwardedMode
+	if f := e.db.FarmByID(c.Farm); f != nil {
+		mode = f.Forwarded
+	}
+	insertKeepAlive := h.Minor == 0 && !h.KeepAlive && h.Outcome == http1.Accept
+	if !insertKeepAlive && h.NConn == 0 && mode == farm.ForwardedNone {
+		return
+	}
+	out := append(d.edited[:0], d.held[:c.HeadLen-2]...)
+	for i := range min(int(h.NConn), len(h.ConnFields)) {
+		copy(h.ConnFields[i].Of(out), neutral)
+	}
+	ins := len(out)
+	if insertKeepAlive {
+		out = append(out, keepAlive...)
+	}
+	if mode != farm.ForwardedNone {
+		for i := range min(int(h.NForwarded), len(h.ForwardedNames)) {
+			name := h.ForwardedNames[i].Of(out)
+			if len(name) == len(neutralXFF) {
+				copy(name, neutralXFF)
+			} else {
+				copy(name, neutralForwarded)
+			}
+		}
+		a := e.clients.Key(r).Src.Addr.Netip()
+		out = appendForwarded(out, mode, a)
+	}
+	c.Epoch.InsOff, c.Epoch.InsLen = uint32(ins), uint32(len(out)-ins)
+	d.edited = append(out, d.held[c.HeadLen-2:]...)
+	d.sent = d.edited
+}
+
+// appendForwarded writes the field that tells the server the client's address:
+// the customary X-Forwarded-For or RFC 7239 section 4.
+func appendForwarded(b []byte, mode farm.ForwardedMode, a netip.Addr) []byte {
+	if mode == farm.ForwardedXFF {
+		b = append(b, "X-Forwarded-For: "...)
+		b = a.AppendTo(b)
+		return append(b, "\r\n"...)
+	}
+	b = append(b, "Forwarded: for="...)
+	if a.Is6() {
+		b = append(b, "\"["...)
+		b = a.AppendTo(b)
+		return append(b, "]\"\r\n"...)
+	}
+	b = a.AppendTo(b)
+	return append(b, "\r\n"...)
+}
+
+// resend emits what the server gets for the held bytes, from the server-side
+// number from on, as far as the server's window reaches: the first
+// transmission when the head came in several packets or is edited, and every
+// retransmission of bytes that the client sent us but the server did not
+// acknowledge. The bytes that were parsed are the bytes that the server gets.
+func (e *Engine) resend(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server, from packet.Seq) {
+	d := e.sides.at(c.Side)
+	if !d.sentOK {
+		return
+	}
+	if from.Less(v.SndBase) {
+		from = v.SndBase
+	}
+	base := v.SndBase
+	i := int(base.To(from))
+	for i < len(d.sent) {
+		n := min(len(d.sent)-i, int(v.MSS))
+		seq := base.Add(packet.Size(i))
+		if end := seq.Add(packet.Size(n)); v.SndEdge.Less(end) {
+			if v.SndEdge.LessEq(seq) {
+				e.Count.add(ReasonBeyondWindow)
+				break
+			}
+			n = int(seq.To(v.SndEdge))
+		}
+		fl := packet.ACK
+		if i+n == len(d.sent) {
+			fl |= packet.PSH
+		}
+		e.sendServer(s, v, fl, seq, d.sent[i:i+n], c)
+		v.SndNxt = packet.MaxSeq(v.SndNxt, seq.Add(packet.Size(n)))
+		i += n
+	}
+	if c.Flags&splice.ClientEarlyAck != 0 && c.Due == 0 {
+		c.Due = e.now + rto(c.Tries)
+		e.touchClient(r, c)
+	}
+}
+
+// redispatch takes a request away from a server connection that failed and
+// gives it to another one. The caller has established the evidence; the
+// request is still held, or unacknowledged at the client.
+func (e *Engine) redispatch(r splice.Ref, c *splice.Client, why, evidence Reason) {
+	d := e.sideOf(c)
+	d.why = why
+	c.Srv = 0
+	// A request that was never bound is held whole.
+	if c.State != splice.ClientBinding && (!d.sentOK || !e.rewindable(c, d)) {
+		e.answer(r, c, reply{status: 502, close: true})
+		return
+	}
+	if evidence != ReasonNone {
+		e.Count.add(evidence)
+		if f := e.db.FarmByID(c.Farm); f != nil {
+			f.Stats.Redispatched.Add(1)
+		}
+	}
+	c.State = splice.ClientBinding
+	c.Tries = 0
+	c.Due = e.now + holdWait
+	e.dispatch(r, c, nil, nil)
+}
+
+// rewindable goes back to the held bytes: what was passed on beyond them is
+// still the client's to retransmit, unless it was acknowledged.
+func (e *Engine) rewindable(c *splice.Client, d *side) bool {
+	end := c.Epoch.ReqBase.Add(packet.Size(len(d.held)))
+	if end.Less(c.RcvAcked) && !(c.Flags&splice.ClientReqEndKnown != 0 && c.ReqEnd == end) {
+		return false
+	}
+	if c.Flags&splice.ClientReqEndKnown != 0 && c.ReqEnd == end {
+		return true // all of the request is held; next follows it
+	}
+	c.Flags &^= splice.ClientReqEndKnown | splice.ClientReqBad | splice.ClientFINSeen
+	d.next = d.next[:0]
+	c.RcvNxt = end
+	c.ReqBody.Start(d.req.Body, d.req.Length)
+	if d.req.Body != http1.BodyNone {
+		e.followBody(c, d, int(c.HeadLen))
+		nearReqEnd(c)
+	}
+	return true
+}

@@ -1,0 +1,748 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"github.com/weirgate/weir/module/http1"
+	"github.com/weirgate/weir/module/packet"
+	"github.com/weirgate/weir/module/splice"
+)
+
+// respEndNear: the end of a response becomes a sequence number when it is
+// nearer than this; a longer body is followed in order until then, because
+// numbers compare only within 2 GiB.
+const respEndNear = 1 << 30
+
+// clientSpliced handles a client's segment while its connection is translated
+// to a server's (FIG 4, in-bound).
+func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev *Event) {
+	s := c.Srv
+	v := e.servers.At(s)
+	seq, n := p.Seq(), p.PayloadLen()
+	fin := p.Flags().Has(packet.FIN)
+	e.clientAcked(c, v)
+	if n == 0 && !fin {
+		e.forwardToServer(r, c, s, v, p, ev, false)
+		e.progress(r, c, s, v)
+		return
+	}
+	if c.Flags&splice.ClientFINSeen != 0 && c.CliFIN.Less(seq.Add(packet.Size(n))) {
+		// Data after the FIN is nonsense; a repeated FIN is acknowledged.
+		if n > 0 || seq != c.CliFIN {
+			e.challengeClient(r, c)
+			return
+		}
+	}
+	end := seq.Add(packet.Size(n)) // of the data
+	limit := end                   // of what belongs to the present request
+	if c.Flags&splice.ClientReqEndKnown != 0 {
+		limit = packet.MinSeq(end, c.ReqEnd)
+	}
+
+	// Framing first: how far the request goes (INV-5).
+	if n > 0 && c.Flags&splice.ClientReqEndKnown == 0 && c.RcvNxt.Less(end) {
+		switch {
+		case c.RcvNxt.Less(seq):
+			if uint64(c.RcvNxt.To(end)) > c.ReqBody.Known() {
+				e.Count.add(ReasonBeyondFrontier)
+				e.dupACK(r, c)
+				return
+			}
+		default:
+			fresh := p.Payload()[seq.To(c.RcvNxt):]
+			k, st := c.ReqBody.Feed(fresh, &e.opt.Limits)
+			c.RcvNxt = c.RcvNxt.Add(packet.Size(k))
+			switch st {
+			case http1.More:
+				nearReqEnd(c)
+				e.setReqEnd(c, v)
+			case http1.Done:
+				c.ReqEnd = c.RcvNxt
+				c.Flags |= splice.ClientReqEndKnown
+				limit = c.ReqEnd
+				e.setReqEnd(c, v)
+			case http1.Bad:
+				// The body's framing cannot be trusted: neither side may
+				// believe that there is an end.
+				e.Count.add(ReasonAbortedRequest)
+				e.killServer(s, v, ReasonAbortedRequest)
+				c.Srv = 0
+				e.resetClient(r, c, ReasonAbortedRequest)
+				return
+			}
+		}
+	}
+
+	// What lies behind the request is the next one: it is held, not passed.
+	if c.Flags&splice.ClientReqEndKnown != 0 && seq.LessEq(c.RcvNxt) && c.RcvNxt.Less(limit) {
+		c.RcvNxt = limit
+	}
+	if limit.Less(end) {
+		from := packet.MaxSeq(limit, seq)
+		if from.LessEq(c.RcvNxt) && c.RcvNxt.Less(end) {
+			e.hold(r, c, p.Payload()[seq.To(c.RcvNxt):])
+			c.Due = e.now + holdWait
+			e.touchClient(r, c)
+		} else {
+			// Beyond a gap, or pipelined bytes repeated: acknowledge what we
+			// hold if the request before it is through.
+			e.dupACK(r, c)
+		}
+	}
+
+	if fin {
+		switch {
+		case c.Flags&splice.ClientFINSeen != 0:
+			e.ackFIN(r, c, v)
+		case c.RcvNxt != end:
+			// Not in order yet: the client will repeat it.
+		case c.Flags&splice.ClientReqEndKnown == 0 || end.Less(c.ReqEnd):
+			// A FIN inside a request: it can never be completed.
+			e.Count.add(ReasonAbortedRequest)
+			e.killServer(s, v, ReasonAbortedRequest)
+			c.Srv = 0
+			e.resetClient(r, c, ReasonAbortedRequest)
+			return
+		default:
+			e.clientFIN(r, c)
+			e.ackFIN(r, c, v)
+		}
+	}
+
+	// Pass on the present request's part.
+	size := 0
+	if seq.Less(limit) {
+		size = int(seq.To(limit))
+	}
+	switch {
+	case size == 0:
+		if e.complete(c, v) {
+			// The ACK rides on the next request if that takes the same
+			// connection, else it is sent at the end of this step.
+			e.progress(r, c, s, v)
+			return
+		}
+		e.bareToServer(r, c, s, v)
+		return
+	case e.sideHolds(c, seq):
+		// A retransmission of what was parsed: the server gets our copy.
+		e.Count.add(ReasonRetransmitted)
+		held := c.Epoch.ReqBase.Add(packet.Size(len(e.sides.at(c.Side).held)))
+		e.resend(r, c, s, v, packet.MaxSeq(v.SndUna, c.Epoch.SeqToServer(seq)))
+		if held.Less(limit) {
+			from := packet.MaxSeq(held, seq)
+			e.partToServer(r, c, s, v, p.Payload()[seq.To(from):size], c.Epoch.SeqToServer(from))
+		}
+	case size < n:
+		e.partToServer(r, c, s, v, p.Payload()[:size], c.Epoch.SeqToServer(seq))
+	default:
+		if out := c.Epoch.SeqToServer(limit); v.SndEdge.Less(out) && size > 1 {
+			e.Count.add(ReasonBeyondWindow)
+			return
+		}
+		if !ev.GSO && n > int(v.MSS) {
+			e.partToServer(r, c, s, v, p.Payload(), c.Epoch.SeqToServer(seq))
+		} else {
+			e.forwardToServer(r, c, s, v, p, ev, false)
+		}
+	}
+	e.progress(r, c, s, v)
+}
+
+// sideHolds says whether a segment that begins at seq repeats bytes of which
+// we keep the copy that counts.
+func (e *Engine) sideHolds(c *splice.Client, seq packet.Seq) bool {
+	if c.Side == 0 {
+		return false
+	}
+	d := e.sides.at(c.Side)
+	return d.sentOK && seq.In(c.Epoch.ReqBase.Sub(HoldWindow), c.Epoch.ReqBase.Add(packet.Size(len(d.held))))
+}
+
+// clientAcked takes over what a client's acknowledgment proves: it has every
+// byte before it, so the engine has seen these too.
+func (e *Engine) clientAcked(c *splice.Client, v *splice.Server) {
+	if c.SndUna.Less(c.Epoch.RespBase) {
+		return
+	}
+	at := c.Epoch.AckToServer(c.SndUna)
+	if v.Flags&splice.ServerRespEnd != 0 {
+		at = packet.MinSeq(at, v.RespEnd)
+	}
+	if v.RcvNxt.Less(at) && v.Flags&splice.ServerHeadDone != 0 {
+		v.Body.Skip(uint64(v.RcvNxt.To(at)))
+		v.RcvNxt = at
+		e.nearEnd(v)
+	}
+}
+
+// serverAcked is the same for a request that passed out of order.
+func (e *Engine) serverAcked(c *splice.Client, v *splice.Server) {
+	at := c.Epoch.AckToClient(v.SndUna)
+	if !c.RcvNxt.Less(at) || c.Flags&splice.ClientFINSeen != 0 {
+		return
+	}
+	if c.Flags&splice.ClientReqEndKnown == 0 {
+		c.ReqBody.Skip(uint64(c.RcvNxt.To(at)))
+		nearReqEnd(c)
+	}
+	c.RcvNxt = at
+}
+
+// nearReqEnd turns the end of a request with a known length into a sequence
+// number when it is near; the cursor is not needed from then on.
+func nearReqEnd(c *splice.Client) {
+	if c.Flags&splice.ClientReqEndKnown == 0 && c.ReqBody.Kind == http1.BodyLength {
+		if k := c.ReqBody.Known(); k < respEndNear {
+			c.ReqEnd = c.RcvNxt.Add(packet.Size(k))
+			c.Flags |= splice.ClientReqEndKnown
+		}
+	}
+}
+
+// nearEnd turns the end of a response into a sequence number when it is near.
+func (e *Engine) nearEnd(v *splice.Server) {
+	if v.Flags&(splice.ServerRespEnd|splice.ServerUntilClose) == 0 && v.Body.Kind == http1.BodyLength {
+		if k := v.Body.Known(); k < respEndNear {
+			v.RespEnd = v.RcvNxt.Add(packet.Size(k))
+			v.Flags |= splice.ServerRespEnd
+		}
+	}
+}
+
+// ackForServer maps the client's acknowledgment, never beyond the end of the
+// response: an ACK that covers our own FIN would be discarded by the server.
+func (e *Engine) ackForServer(c *splice.Client, v *splice.Server) packet.Seq {
+	if c.SndUna.Less(c.Epoch.RespBase) {
+		return v.RcvBase
+	}
+	a := c.Epoch.AckToServer(c.SndUna)
+	if v.Flags&splice.ServerRespEnd != 0 {
+		a = packet.MinSeq(a, v.RespEnd)
+	}
+	return packet.MaxSeq(packet.MinSeq(a, v.RcvHigh), v.RcvAcked)
+}
+
+// windowForServer is the client's window as the server gets it. The ACK that
+// completes a response leaves at most 2 MSS and never zero, because the server
+// keeps it for the next client (SPLICING.md, hand-over).
+func (e *Engine) windowForServer(c *splice.Client, v *splice.Server) uint16 {
+	w := c.SndWnd
+	if v.Flags&splice.ServerRespEnd != 0 && e.respEndClient(c, v).LessEq(c.SndUna) {
+		w = max(min(w, 2*uint32(v.MSS)), 1<<splice.ScaleToServer)
+	}
+	return splice.WindowField(w, toServerShift(v))
+}
+
+func (e *Engine) respEndClient(c *splice.Client, v *splice.Server) packet.Seq {
+	return c.Epoch.SeqToClient(v.RespEnd)
+}
+
+func toServerShift(v *splice.Server) uint8 {
+	if v.Scale == splice.NoScale {
+		return splice.NoScale
+	}
+	return splice.ScaleToServer
+}
+
+// forwardToServer rewrites the packet under verdict (FIG 4 steps 402 to 408).
+func (e *Engine) forwardToServer(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server, p *packet.TCP, ev *Event, dirty bool) {
+	k := e.servers.Key(s)
+	seq := p.Seq()
+	if c.Flags&splice.ClientFINSeen != 0 && c.CliFIN.Less(seq) {
+		seq = c.CliFIN // the absorbed FIN took one number
+	}
+	// Numbers behind the present request belong to bytes that are held: the
+	// server must not see them yet.
+	if c.Flags&splice.ClientReqEndKnown != 0 && c.ReqEnd.Less(seq) {
+		seq = c.ReqEnd
+	}
+	w := packet.Rewrite{
+		Src: k.Dst, Dst: k.Src,
+		Seq: c.Epoch.SeqToServer(seq), Ack: e.ackForServer(c, v),
+		Window: e.windowForServer(c, v), Flags: p.Flags() &^ (packet.FIN | packet.URG | packet.ECE | packet.CWR), ClearUrgent: true,
+	}
+	if off, n := p.SACK(); n > 0 {
+		if v.Flags&splice.ServerSACK == 0 {
+			p.StripSACK(ev.Checksum)
+		} else {
+			for i := range n {
+				b := p.SACKBlock(off, i)
+				p.SetSACKBlock(off, i, packet.SACKBlock{Left: c.Epoch.AckToServer(b.Left), Right: c.Epoch.AckToServer(b.Right)}, ev.Checksum)
+			}
+		}
+	}
+	if n := p.PayloadLen(); n > 0 {
+		v.SndNxt = packet.MaxSeq(v.SndNxt, w.Seq.Add(packet.Size(n)))
+	}
+	v.RcvAcked = packet.MaxSeq(v.RcvAcked, w.Ack)
+	e.rewrite(p, ev, &w, dirty)
+	if e.owed == s {
+		e.owed = 0
+	}
+}
+
+// partToServer emits a part of a client's data, already at a server-side
+// number, in pieces that fit.
+func (e *Engine) partToServer(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server, b []byte, seq packet.Seq) {
+	for len(b) > 0 {
+		n := min(len(b), int(v.MSS))
+		if end := seq.Add(packet.Size(n)); v.SndEdge.Less(end) {
+			e.Count.add(ReasonBeyondWindow)
+			return
+		}
+		e.sendServer(s, v, packet.ACK|packet.PSH, seq, b[:n], c)
+		seq = seq.Add(packet.Size(n))
+		v.SndNxt = packet.MaxSeq(v.SndNxt, seq)
+		b = b[n:]
+	}
+}
+
+// bareToServer passes on what a client's segment says besides its data: its
+// acknowledgment and window.
+func (e *Engine) bareToServer(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server) {
+	e.sendServer(s, v, packet.ACK, v.SndNxt, nil, c)
+}
+
+// dupACK answers a client's segment beyond a gap, or a repeated one, as the
+// receiver would. It acknowledges only what is safe: bytes on their way to a
+// server are acknowledged by that server.
+func (e *Engine) dupACK(r splice.Ref, c *splice.Client) {
+	if c.Srv != 0 {
+		v := e.servers.At(c.Srv)
+		if v.Flags&splice.ServerReqEnd == 0 || v.SndUna.Less(v.ReqEnd) {
+			k := e.clients.Key(r)
+			e.out.segment(&packet.Segment{
+				Src: k.Dst, Dst: k.Src, Seq: c.SndNxt, Ack: c.RcvAcked, Flags: packet.ACK,
+				Window: e.clientWindow(c), TTL: 64,
+			}, nil)
+			return
+		}
+	}
+	if c.RcvAcked != c.RcvNxt {
+		c.Flags |= splice.ClientEarlyAck
+	}
+	e.ackClient(r, c)
+}
+
+// ackFIN acknowledges the client's FIN once the server has acknowledged every
+// request byte before it.
+func (e *Engine) ackFIN(r splice.Ref, c *splice.Client, v *splice.Server) {
+	if v.Flags&splice.ServerReqEnd != 0 && v.ReqEnd.LessEq(v.SndUna) && c.RcvAcked != c.RcvNxt {
+		e.ackClient(r, c)
+	}
+}
+
+// complete says whether the present exchange is over: the server acknowledged
+// the whole request, the response is complete, and the client acknowledged all
+// of it.
+func (e *Engine) complete(c *splice.Client, v *splice.Server) bool {
+	return v.Flags&(splice.ServerRespEnd|splice.ServerReqEnd) == splice.ServerRespEnd|splice.ServerReqEnd &&
+		v.ReqEnd.LessEq(v.SndUna) && e.respEndClient(c, v).LessEq(c.SndUna)
+}
+
+// progress ends the epoch when the exchange is over (FIG 3 step 316: the
+// server connection stays).
+func (e *Engine) progress(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server) {
+	if c.State != splice.ClientSpliced {
+		return
+	}
+	if c.Flags&splice.ClientFINSeen != 0 && c.RcvAcked != c.RcvNxt && c.Side == 0 {
+		e.ackFIN(r, c, v)
+	}
+	if v.Flags&splice.ServerRespEnd == 0 || c.SndUna.Less(e.respEndClient(c, v)) {
+		return
+	}
+	if v.Flags&splice.ServerReqEnd == 0 || v.SndNxt.Less(v.ReqEnd) {
+		// An early final response: the rest of the request is of no use to
+		// anybody. The client gets the response and then the end.
+		e.killServer(s, v, ReasonEarlyResponse)
+		c.Srv = 0
+		e.finishClient(r, c)
+		return
+	}
+	if v.SndUna.Less(v.ReqEnd) {
+		return
+	}
+	e.release(r, c, s, v)
+}
+
+// release ends an epoch: the server connection goes back to the pool or is
+// closed, the client connection waits for its next request or is closed.
+func (e *Engine) release(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server) {
+	if v.RcvAcked.Less(v.RespEnd) {
+		e.owe(s)
+	}
+	v.RcvNxt = v.RespEnd
+	e.served(c, v)
+	c.Srv = 0
+	e.Count.add(ReasonServed)
+	e.settle(s, v)
+
+	// The client's next request.
+	var d *side
+	if c.Side != 0 {
+		d = e.sides.at(c.Side)
+	}
+	if c.Flags&splice.ClientWantClose != 0 || c.Flags&splice.ClientFINSeen != 0 && (d == nil || len(d.next) == 0) || e.stopping {
+		e.finishClient(r, c)
+		return
+	}
+	e.nextRequest(r, c, d)
+}
+
+// nextRequest puts a client connection back to waiting for a head. Bytes that
+// came early are looked at at once.
+func (e *Engine) nextRequest(r splice.Ref, c *splice.Client, d *side) {
+	c.State = splice.ClientHead
+	c.Epoch.ReqBase = c.ReqEnd
+	c.Flags &^= splice.ClientReqEndKnown | splice.ClientEarlyAck | splice.ClientResponded
+	c.HeadLen = 0
+	c.Started, c.Last = e.now, e.now
+	c.Due = 0
+	if d != nil {
+		d.held = append(d.held[:0], d.next...)
+		d.next = d.next[:0]
+		d.sentOK, d.sent = false, nil
+		d.scanned = 0
+		d.why = ReasonNone
+		d.req.Reset()
+		if len(d.held) > 0 {
+			if c.RcvAcked != c.Epoch.ReqBase && c.Epoch.ReqBase.Less(c.RcvAcked) {
+				c.Flags |= splice.ClientEarlyAck
+			}
+			e.scanHead(r, c, nil, nil)
+			return
+		}
+		e.freeSide(c)
+	}
+	e.touchClient(r, c)
+}
+
+// serverActive handles a segment of a server that carries a client's request
+// (FIG 4, out-bound). The acknowledgment is taken care of already.
+func (e *Engine) serverActive(s splice.Ref, v *splice.Server, p *packet.TCP, ev *Event) {
+	r := v.Cli
+	c := e.clients.At(r)
+	seq, n := p.Seq(), p.PayloadLen()
+	fin := p.Flags().Has(packet.FIN)
+
+	// The epoch filter: what lies below the base belongs to the exchange
+	// before; the server has not got our ACK.
+	cut := 0
+	if seq.Less(v.RcvBase) {
+		if n == 0 && !fin {
+			// A keep-alive probe, or an old bare ACK.
+			if seq.Add(1) == v.RcvBase && v.RcvNxt == v.RcvBase {
+				e.ackServer(s, v)
+				return
+			}
+			seq = v.RcvBase
+		} else {
+			cut = int(seq.To(v.RcvBase))
+			if cut >= n {
+				e.Count.add(ReasonOldEpoch)
+				e.ackServer(s, v)
+				return
+			}
+			seq, n = v.RcvBase, n-cut
+			e.Count.add(ReasonOldEpoch)
+		}
+	}
+	body := p.Payload()[cut:]
+	if n > 0 && v.RcvNxt == v.RcvBase && p.Ack().LessEq(v.SndBase) {
+		// Ack causality: sent before the server had the request, so it is not
+		// its answer (HAProxy #583, #176).
+		e.Count.add(ReasonAckCausality)
+		e.killServer(s, v, ReasonAckCausality)
+		e.redispatch(r, c, ReasonAckCausality, ReasonRedispatchProof)
+		return
+	}
+	end := seq.Add(packet.Size(n))
+	if n > 0 && v.RcvNxt.Less(end) {
+		if seq.LessEq(v.RcvNxt) {
+			skip := int(seq.To(v.RcvNxt))
+			if !e.follow(r, c, s, v, body[skip:n]) {
+				return
+			}
+		} else if v.Flags&splice.ServerRespEnd == 0 {
+			// Beyond a gap: only what is certainly part of the response passes.
+			if v.Flags&splice.ServerHeadDone == 0 || uint64(v.RcvNxt.To(end)) > v.Body.Known() {
+				e.Count.add(ReasonBeyondFrontier)
+				e.ackServer(s, v)
+				return
+			}
+		}
+	}
+	if v.Flags&splice.ServerRespEnd != 0 && v.RespEnd.Less(end) {
+		// More than the response: never passed on (HAProxy #176).
+		e.noReuse(v, ReasonExtraBytes)
+		c.Flags |= splice.ClientWantClose
+		if v.RespEnd.LessEq(seq) && n > 0 {
+			e.Count.add(ReasonExtraBytes)
+			return
+		}
+		n = int(seq.To(v.RespEnd))
+		end = v.RespEnd
+		fin = false
+	}
+	v.RcvHigh = packet.MaxSeq(v.RcvHigh, end)
+
+	if fin && !e.serverFINActive(r, c, s, v, p, end) {
+		return
+	}
+	if n > 0 {
+		c.Flags |= splice.ClientResponded
+		if f := e.db.FarmByID(v.Farm); f != nil {
+			f.Stats.BytesOut.Add(uint64(n))
+		}
+	}
+	e.forwardToClient(r, c, s, v, p, ev, seq, body[:n], cut != 0 || n != p.PayloadLen())
+	e.dropCopies(c, v)
+	e.progress(r, c, s, v)
+}
+
+// follow feeds in-order bytes of a response to the scanners. It returns false
+// when the connection had to be given up.
+func (e *Engine) follow(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server, b []byte) bool {
+	for len(b) > 0 && v.Flags&(splice.ServerRespEnd|splice.ServerUntilClose) == 0 {
+		if v.Flags&splice.ServerHeadDone == 0 {
+			n, st := v.Resp.Scan(b, &e.opt.Limits)
+			v.RcvNxt = v.RcvNxt.Add(packet.Size(n))
+			b = b[n:]
+			switch st {
+			case http1.Bad:
+				e.badResponse(r, c, s, v)
+				return false
+			case http1.More:
+				return true
+			}
+			if v.Resp.Interim() {
+				v.Resp.Again()
+				continue
+			}
+			e.responseHead(c, v)
+			if v.Resp.Status == 101 {
+				e.openTunnel(r, c, s, v)
+			}
+			continue
+		}
+		n, st := v.Body.Feed(b, &e.opt.Limits)
+		v.RcvNxt = v.RcvNxt.Add(packet.Size(n))
+		b = b[n:]
+		switch st {
+		case http1.Bad:
+			// A chunk line that cannot be trusted: the end will never be
+			// known. What was passed stays, the rest passes until the close.
+			e.noReuse(v, ReasonIsolated)
+			c.Flags |= splice.ClientWantClose
+			v.Flags |= splice.ServerUntilClose
+		case http1.Done:
+			v.RespEnd = v.RcvNxt
+			v.Flags |= splice.ServerRespEnd
+		case http1.More:
+			e.nearEnd(v)
+		}
+	}
+	if v.Flags&splice.ServerUntilClose != 0 {
+		v.RcvNxt = v.RcvNxt.Add(packet.Size(len(b)))
+	} else if len(b) > 0 && v.Flags&splice.ServerRespEnd != 0 && v.RcvNxt.Less(v.RespEnd) {
+		k := min(len(b), int(v.RcvNxt.To(v.RespEnd)))
+		v.Body.Skip(uint64(k))
+		v.RcvNxt = v.RcvNxt.Add(packet.Size(k))
+	}
+	return true
+}
+
+// responseHead takes over what a final response head says.
+func (e *Engine) responseHead(c *splice.Client, v *splice.Server) {
+	h := &v.Resp
+	v.Flags |= splice.ServerHeadDone
+	v.Body.Start(h.Body, h.Length)
+	persistent := !h.Close && (h.Minor == 1 || h.KeepAlive)
+	if !persistent {
+		e.noReuse(v, ReasonServerClose)
+		c.Flags |= splice.ClientWantClose
+	}
+	if h.Outcome != http1.Accept || h.Status == 101 {
+		e.noReuse(v, ReasonIsolated)
+		c.Flags |= splice.ClientWantClose
+	}
+	if h.ConnAuth {
+		e.noReuse(v, ReasonIsolated)
+		c.Flags |= splice.ClientWantClose
+	}
+	if h.KeepAliveTimeout > 0 {
+		v.HorizonMS = h.KeepAliveTimeout * 1000
+	}
+	if h.KeepAliveMax == 1 {
+		e.noReuse(v, ReasonMaxRequests)
+	}
+	switch h.Body {
+	case http1.BodyNone:
+		v.RespEnd = v.RcvNxt
+		v.Flags |= splice.ServerRespEnd
+	case http1.BodyUntilClose:
+		e.noReuse(v, ReasonServerClose)
+		v.Flags |= splice.ServerUntilClose
+		c.Flags |= splice.ClientWantClose
+	case http1.BodyLength:
+		if h.Length == 0 {
+			v.RespEnd = v.RcvNxt
+			v.Flags |= splice.ServerRespEnd
+		} else {
+			e.nearEnd(v)
+		}
+	}
+}
+
+// openTunnel lets both directions pass without framing after a 101, and only
+// then (Pingora CVE-2026-2833). The connection is never pooled.
+func (e *Engine) openTunnel(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server) {
+	next := c.ReqEnd
+	c.Flags &^= splice.ClientReqEndKnown
+	v.Flags &^= splice.ServerReqEnd
+	c.ReqBody.Start(http1.BodyUntilClose, 0)
+	if c.Side != 0 {
+		d := e.sides.at(c.Side)
+		e.partToServer(r, c, s, v, d.next, c.Epoch.SeqToServer(next))
+	}
+}
+
+// badResponse handles bytes that are no HTTP/1 response.
+func (e *Engine) badResponse(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server) {
+	e.Count.add(ReasonBadResponse)
+	e.killServer(s, v, ReasonBadResponse)
+	c.Srv = 0
+	if c.Flags&splice.ClientResponded == 0 {
+		e.answer(r, c, reply{status: 502, close: true})
+		return
+	}
+	e.resetClient(r, c, ReasonBadResponse)
+}
+
+// serverFINActive handles a server's FIN, at the number end, during an
+// exchange. It returns false when nothing is left to forward.
+func (e *Engine) serverFINActive(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server, p *packet.TCP, end packet.Seq) bool {
+	switch {
+	case v.RcvNxt != end:
+		// Not in order: the server repeats it.
+		return true
+	case v.RcvNxt == v.RcvBase && v.Flags&splice.ServerHeadDone == 0 && v.Resp.Len == 0 && c.Flags&splice.ClientResponded == 0:
+		// Closed instead of answered: the keep-alive race.
+		v.Flags |= splice.ServerFINSeen
+		e.failed(r, c, s, v, p.Ack().LessEq(v.SndBase), ReasonServerFIN)
+		return false
+	case v.Flags&splice.ServerUntilClose != 0:
+		v.RespEnd = end
+		v.Flags |= splice.ServerRespEnd | splice.ServerFINSeen
+		v.RcvHigh = packet.MaxSeq(v.RcvHigh, end)
+		e.noReuse(v, ReasonServerClose)
+		c.Flags |= splice.ClientWantClose
+		return true
+	case v.Flags&splice.ServerRespEnd != 0 && v.RespEnd == end:
+		// Complete: a server's FIN ends both sides.
+		v.Flags |= splice.ServerFINSeen
+		e.noReuse(v, ReasonServerFIN)
+		c.Flags |= splice.ClientWantClose
+		return true
+	}
+	// Truncated: the client must see that (a clean FIN would hide it).
+	e.Count.add(ReasonTruncatedResponse)
+	e.killServer(s, v, ReasonTruncatedResponse)
+	c.Srv = 0
+	e.resetClient(r, c, ReasonTruncatedResponse)
+	return false
+}
+
+// forwardToClient passes a server's segment on: seq and b are what is left of
+// it; cut says that this is not the whole packet any more.
+func (e *Engine) forwardToClient(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server, p *packet.TCP, ev *Event, seq packet.Seq, b []byte, cut bool) {
+	k := e.clients.Key(r)
+	end := seq.Add(packet.Size(len(b)))
+	w := packet.Rewrite{
+		Src: k.Dst, Dst: k.Src,
+		Seq: c.Epoch.SeqToClient(seq), Ack: c.Epoch.AckToClient(v.SndUna),
+		Flags: p.Flags() &^ (packet.FIN | packet.URG | packet.ECE | packet.CWR), ClearUrgent: true,
+	}
+	if c.Flags&splice.ClientReqEndKnown != 0 && v.Flags&splice.ServerReqEnd != 0 && v.ReqEnd.LessEq(v.SndUna) {
+		w.Ack = c.ReqEnd
+		if c.Flags&splice.ClientFINSeen != 0 && c.CliFIN == c.ReqEnd {
+			w.Ack = c.ReqEnd.Add(1)
+		}
+	}
+	w.Ack = packet.MaxSeq(w.Ack, c.RcvAcked)
+	c.RcvAcked = w.Ack
+	window := splice.TrueWindow(p.Window(), v.Scale)
+	last := v.Flags&splice.ServerRespEnd != 0 && v.RespEnd.LessEq(end)
+	if last {
+		// Beyond the response the client's bytes come to us: no more window
+		// than we hold.
+		window = min(window, HoldWindow)
+		if c.Flags&splice.ClientWantClose != 0 && (v.Flags&splice.ServerReqEnd != 0 && v.ReqEnd.LessEq(v.SndNxt)) && (len(b) > 0 || v.Flags&splice.ServerFINSeen != 0) {
+			// Our FIN rides on the response's last segment, each time it passes.
+			w.Flags |= packet.FIN
+			c.Flags |= splice.ClientFINSent
+			c.OurFIN = c.Epoch.SeqToClient(v.RespEnd)
+			end = end.Add(1)
+		}
+	}
+	w.Window = splice.WindowField(window, toClientShift(c))
+	c.SndNxt = packet.MaxSeq(c.SndNxt, c.Epoch.SeqToClient(end))
+	if cut || (!ev.GSO && len(b) > int(c.MSS)) {
+		e.partToClient(&w, b, int(c.MSS))
+		return
+	}
+	if off, n := p.SACK(); n > 0 {
+		if c.Flags&splice.ClientSACK == 0 {
+			p.StripSACK(ev.Checksum)
+		} else {
+			for i := range n {
+				bl := p.SACKBlock(off, i)
+				p.SetSACKBlock(off, i, packet.SACKBlock{Left: c.Epoch.AckToClient(bl.Left), Right: c.Epoch.AckToClient(bl.Right)}, ev.Checksum)
+			}
+		}
+	}
+	e.rewrite(p, ev, &w, false)
+}
+
+// partToClient emits what is left of a server's segment in pieces that fit.
+func (e *Engine) partToClient(w *packet.Rewrite, b []byte, mss int) {
+	g := packet.Segment{Src: w.Src, Dst: w.Dst, Seq: w.Seq, Ack: w.Ack, Flags: w.Flags &^ packet.FIN, Window: w.Window, TTL: 64}
+	for {
+		n := min(len(b), mss)
+		if n == len(b) {
+			g.Flags = w.Flags
+		}
+		e.out.segment(&g, b[:n])
+		g.Seq = g.Seq.Add(packet.Size(n))
+		b = b[n:]
+		if len(b) == 0 {
+			return
+		}
+	}
+}
+
+// dropCopies frees held bytes as soon as nobody can need them: the server has
+// acknowledged them, and no redispatch without proof is possible any more.
+func (e *Engine) dropCopies(c *splice.Client, v *splice.Server) {
+	if c.Side == 0 {
+		return
+	}
+	d := e.sides.at(c.Side)
+	if !d.sentOK || v.SndUna.Less(v.SndBase.Add(packet.Size(len(d.sent)))) {
+		return
+	}
+	if c.Flags&(splice.ClientIdempotent|splice.ClientResponded) == splice.ClientIdempotent {
+		return
+	}
+	if c.Epoch.InsLen != 0 {
+		c.Epoch.Fold()
+	}
+	d.sentOK, d.sent = false, nil
+	d.held = d.held[:0]
+	c.Due = 0
+	if len(d.next) == 0 {
+		e.freeSide(c)
+	}
+}

@@ -1,0 +1,333 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"math"
+
+	"github.com/weirgate/weir/module/farm"
+	"github.com/weirgate/weir/module/packet"
+	"github.com/weirgate/weir/module/splice"
+)
+
+// Timers are named by reference: clients first, then servers, then the sweep
+// of embryos and tombstones.
+func (e *Engine) clientTimer(r splice.Ref) uint32 { return uint32(r) }
+func (e *Engine) serverTimer(s splice.Ref) uint32 { return uint32(e.opt.Clients) + uint32(s) }
+func (e *Engine) sweepTimer() uint32              { return uint32(e.opt.Clients+e.opt.Servers) + 1 }
+
+const never = int64(math.MaxInt64)
+
+// defaultTimeouts serve a connection whose farm is forgotten.
+var defaultTimeouts = farm.Timeouts{Connect: 5 * second, Head: 15 * second, Idle: 60 * second, Response: 60 * second}
+
+func (e *Engine) timeouts(farmID uint16) *farm.Timeouts {
+	if f := e.db.FarmByID(farmID); f != nil {
+		return &f.Timeouts
+	}
+	return &defaultTimeouts
+}
+
+// clientDeadline is when the client's timer must fire at the latest.
+func (e *Engine) clientDeadline(r splice.Ref, c *splice.Client) int64 {
+	t := e.timeouts(c.Farm)
+	d := never
+	if c.Due != 0 {
+		d = c.Due
+	}
+	switch c.State {
+	case splice.ClientHead:
+		if c.Side != 0 {
+			d = min(d, c.Started+t.Head)
+		} else {
+			d = min(d, c.Last+t.Idle)
+		}
+	case splice.ClientBinding:
+		if c.Flags&splice.ClientWaiting != 0 {
+			d = min(d, c.Waits)
+		}
+	case splice.ClientSpliced:
+		last := c.Last
+		if c.Srv != 0 {
+			last = max(last, e.servers.At(c.Srv).Last)
+		}
+		d = min(d, last+t.Response, c.Last+2*t.Response)
+	case splice.ClientClosing:
+		d = min(d, c.CloseBy)
+	}
+	return d
+}
+
+// touchClient makes sure that the timer fires early enough. A deadline that
+// moved later costs nothing here.
+func (e *Engine) touchClient(r splice.Ref, c *splice.Client) {
+	e.touch(e.clientTimer(r), e.clientDeadline(r, c))
+}
+
+func (e *Engine) touch(id uint32, due int64) {
+	if due == never {
+		return
+	}
+	if at := e.wheel.at(id); at == 0 || due < at {
+		e.wheel.set(id, due)
+	}
+}
+
+func (e *Engine) serverDeadline(v *splice.Server) int64 {
+	d := never
+	if v.Due != 0 {
+		d = v.Due
+	}
+	switch v.State {
+	case splice.ServerConnecting:
+		d = min(d, v.Opened+e.timeouts(v.Farm).Connect)
+	case splice.ServerIdle:
+		if f := e.db.FarmByID(v.Farm); f != nil && f.Pool.IdleTimeout > 0 {
+			d = min(d, v.Idle+f.Pool.IdleTimeout)
+		}
+		if v.HorizonMS != 0 {
+			// Retire before the server does; it counts from its own last byte.
+			h := int64(v.HorizonMS) * millisecond
+			d = min(d, v.Idle+h-min(h/4, second))
+		}
+	}
+	return d
+}
+
+func (e *Engine) touchServer(s splice.Ref, v *splice.Server) {
+	e.touch(e.serverTimer(s), e.serverDeadline(v))
+}
+
+// armSweep makes sure that embryos and tombstones are dropped in time.
+func (e *Engine) armSweep() {
+	if e.wheel.at(e.sweepTimer()) == 0 {
+		e.wheel.set(e.sweepTimer(), e.now+4*second)
+	}
+}
+
+// advance fires what is due.
+func (e *Engine) advance() {
+	for {
+		id, ok := e.wheel.pop(e.now)
+		if !ok {
+			return
+		}
+		switch {
+		case id == e.sweepTimer():
+			e.tombs.Expire(e.seconds())
+			e.embryos.Expire(e.seconds())
+			if e.tombs.Len() > 0 || e.embryos.Len() > 0 {
+				e.armSweep()
+			}
+		case id <= uint32(e.opt.Clients):
+			if r := splice.Ref(id); e.clients.Live(r) {
+				e.clientFires(r, e.clients.At(r))
+			}
+		default:
+			if s := splice.Ref(id - uint32(e.opt.Clients)); e.servers.Live(s) {
+				e.serverFires(s, e.servers.At(s))
+			}
+		}
+		e.payOwed()
+	}
+}
+
+// clientFires does what is due for a client and sets the timer again.
+func (e *Engine) clientFires(r splice.Ref, c *splice.Client) {
+	if e.now < e.clientDeadline(r, c) {
+		e.touchClient(r, c)
+		return
+	}
+	t := e.timeouts(c.Farm)
+	due := c.Due != 0 && c.Due <= e.now
+	if due {
+		c.Due = 0
+	}
+	switch c.State {
+	case splice.ClientHead:
+		switch {
+		case c.Side == 0 && c.Last+t.Idle <= e.now:
+			e.Count.add(ReasonClientIdle)
+			e.finishClient(r, c)
+			return
+		case c.Side != 0 && c.Started+t.Head <= e.now:
+			e.Count.add(ReasonHeadTimeout)
+			e.answer(r, c, reply{status: 408, close: true})
+			return
+		case due:
+			e.earlyACK(r, c)
+			return
+		}
+	case splice.ClientBinding:
+		if c.Flags&splice.ClientWaiting != 0 && c.Waits <= e.now {
+			e.Count.add(ReasonWaitTimeout)
+			if f := e.db.FarmByID(c.Farm); f != nil {
+				f.Stats.WaitTimedOut.Add(1)
+			}
+			e.answer(r, c, reply{status: 503, retry: 1})
+			return
+		}
+		if due {
+			e.earlyACK(r, c)
+			return
+		}
+	case splice.ClientSpliced:
+		v := e.servers.At(c.Srv)
+		switch {
+		case max(c.Last, v.Last)+t.Response <= e.now:
+			e.silent(r, c, c.Srv, v)
+			return
+		case c.Last+2*t.Response <= e.now:
+			// The server talks, the client is gone without a word.
+			e.Count.add(ReasonClientSilent)
+			e.dropClient(r, c)
+			return
+		case due:
+			e.splicedDue(r, c, c.Srv, v)
+			return
+		}
+	case splice.ClientAnswering:
+		if due {
+			if c.Tries++; c.Tries > maxTries {
+				e.resetClient(r, c, ReasonClientSilent)
+				return
+			}
+			e.sendAnswer(r, c, e.sides.at(c.Side))
+			return
+		}
+	case splice.ClientClosing:
+		if c.CloseBy <= e.now {
+			e.resetClient(r, c, ReasonClientSilent)
+			return
+		}
+		if due && c.SndUna.LessEq(c.OurFIN) {
+			c.Tries++
+			e.sendClient(r, c, packet.FIN|packet.ACK, c.OurFIN, nil)
+			c.Due = e.now + rto(c.Tries)
+		}
+	}
+	e.touchClient(r, c)
+}
+
+// splicedDue retransmits what is ours of a request, or acknowledges what we
+// hold of the next one.
+func (e *Engine) splicedDue(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server) {
+	if c.Side != 0 {
+		d := e.sides.at(c.Side)
+		if c.Flags&splice.ClientEarlyAck != 0 && d.sentOK && v.SndUna.Less(v.SndBase.Add(packet.Size(len(d.sent)))) {
+			if c.Tries++; c.Tries > maxTries {
+				e.silent(r, c, s, v)
+				return
+			}
+			e.Count.add(ReasonRetransmitted)
+			e.resend(r, c, s, v, v.SndUna)
+			return
+		}
+		if len(d.next) > 0 {
+			e.dupACK(r, c)
+		}
+	}
+	e.touchClient(r, c)
+}
+
+// silent ends an exchange in which the server says nothing any more.
+func (e *Engine) silent(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server) {
+	e.Count.add(ReasonServerSilent)
+	k := e.servers.Key(s)
+	e.out.segment(&packet.Segment{
+		Src: k.Dst, Dst: k.Src, Seq: v.SndNxt, Ack: v.RcvNxt, Flags: packet.RST | packet.ACK, TTL: 64,
+	}, nil)
+	e.failed(r, c, s, v, false, ReasonServerSilent)
+}
+
+// serverFires does what is due for a server connection.
+func (e *Engine) serverFires(s splice.Ref, v *splice.Server) {
+	if e.now < e.serverDeadline(v) {
+		e.touchServer(s, v)
+		return
+	}
+	due := v.Due != 0 && v.Due <= e.now
+	if due {
+		v.Due = 0
+	}
+	switch v.State {
+	case splice.ServerConnecting:
+		if v.Opened+e.timeouts(v.Farm).Connect <= e.now {
+			e.connectFailed(s, v, ReasonConnectTimeout)
+			return
+		}
+		if due {
+			v.Tries++
+			e.sendSYN(s, v)
+		}
+	case splice.ServerIdle:
+		e.closeServer(s, v, ReasonIdleTimeout)
+		return
+	case splice.ServerDraining:
+		if due {
+			e.Count.add(ReasonDrainLimit)
+			e.killServer(s, v, ReasonDrainLimit)
+			return
+		}
+	case splice.ServerClosing:
+		if due {
+			if v.Tries++; v.Tries > maxFINTries {
+				e.killServer(s, v, ReasonServerSilent)
+				return
+			}
+			if v.SndUna != v.SndNxt {
+				e.sendServer(s, v, packet.FIN|packet.ACK, v.SndNxt.Sub(1), nil, nil)
+			}
+			v.Due = e.now + firstFINRetry<<v.Tries
+		}
+	}
+	e.touchServer(s, v)
+}
+
+// stop begins to stop: idle connections of both sides are closed, running
+// exchanges finish and are closed then.
+func (e *Engine) stop() {
+	e.stopping = true
+	e.opt.Handshake.Stopped.Store(true)
+	e.clients.Each(func(r splice.Ref, c *splice.Client) bool {
+		if c.State == splice.ClientHead && c.Side == 0 {
+			e.Count.add(ReasonStopped)
+			e.finishClient(r, c)
+		} else {
+			c.Flags |= splice.ClientWantClose
+		}
+		return true
+	})
+	e.servers.Each(func(s splice.Ref, v *splice.Server) bool {
+		switch {
+		case v.State == splice.ServerIdle:
+			e.closeServer(s, v, ReasonStopped)
+		case v.State == splice.ServerConnecting && v.Cli == 0:
+			e.killServer(s, v, ReasonStopped)
+		case v.State == splice.ServerDraining:
+			e.killServer(s, v, ReasonStopped)
+		}
+		return true
+	})
+}
+
+// abort resets everything that is left.
+func (e *Engine) abort() {
+	e.stopping = true
+	e.clients.Each(func(r splice.Ref, c *splice.Client) bool {
+		if c.State == splice.ClientClosing {
+			e.removeClient(r, c)
+			return true
+		}
+		if s := c.Srv; s != 0 {
+			e.killServer(s, e.servers.At(s), ReasonStopped)
+			c.Srv = 0
+		}
+		e.resetClient(r, c, ReasonStopped)
+		return true
+	})
+	e.servers.Each(func(s splice.Ref, v *splice.Server) bool {
+		e.killServer(s, v, ReasonStopped)
+		return true
+	})
+}

@@ -1,0 +1,471 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package module is the feature module: it wires the engine to the kernel, to
+// the policy plugins and to its operators, and is what another Go router
+// embeds:
+//
+//	m, err := module.New(cfg, module.Options{})
+//	err = m.Run(ctx) // until ctx ends, then an orderly stop
+//
+// It decides nothing about packets. The life of an instance, in order: look at
+// the host and refuse with one sentence what cannot work; take what is needed
+// (lock, queues, sockets, plugins); install the rules; serve; stop; give back
+// everything that was taken. What a killed predecessor left is taken over at
+// the start.
+package module
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/weirgate/weir/module/config"
+	"github.com/weirgate/weir/module/control"
+	"github.com/weirgate/weir/module/divert"
+	"github.com/weirgate/weir/module/engine"
+	"github.com/weirgate/weir/module/farm"
+	"github.com/weirgate/weir/module/packet"
+	"github.com/weirgate/weir/module/pool"
+	"github.com/weirgate/weir/nft"
+	"github.com/weirgate/weir/plugins/host"
+	"github.com/weirgate/weir/policies/snapshot"
+)
+
+// Options are the surroundings of a Module. All fields may be left zero.
+type Options struct {
+	Log        *slog.Logger // default: slog.Default
+	Version    string       // shown by status, told to plugins
+	PluginDirs []string     // where plugin commands are looked up; default: host.DefaultDirs
+	Ready      func()       // called once when packets are served
+	// Clients and Servers size the flow tables of each shard, records.
+	// Defaults: 262144 and 16384.
+	Clients, Servers int
+}
+
+// Module is one instance. Run may be called once.
+type Module struct {
+	cfg     *config.Config
+	opt     Options
+	log     *slog.Logger
+	started time.Time
+	clock   clock
+
+	db    atomic.Pointer[farm.DB]
+	ready atomic.Pointer[map[uint16]bool] // farms that take connections, by ID
+	state atomic.Pointer[control.Condition]
+
+	policies struct {
+		sync.Mutex
+		last map[[2]string]*snapshot.Snapshot // by farm and plugin
+		open map[uint16]bool                  // farms whose start timeout is over
+	}
+
+	host      *host.Host
+	firewall  *nft.Firewall
+	handshake *engine.Handshake
+	shards    []*shard
+}
+
+// PrivilegeError says that the process lacks a right.
+type PrivilegeError struct{ Err error }
+
+func (e *PrivilegeError) Error() string {
+	return fmt.Sprintf("weir needs the capabilities CAP_NET_ADMIN and CAP_NET_RAW (run it as root): %v", e.Err)
+}
+
+// Unwrap returns the cause.
+func (e *PrivilegeError) Unwrap() error { return e.Err }
+
+// New makes an instance for a configuration. It touches nothing yet.
+func New(cfg *config.Config, opt Options) (*Module, error) {
+	if opt.Log == nil {
+		opt.Log = slog.Default()
+	}
+	if opt.Clients == 0 {
+		opt.Clients = 1 << 18
+	}
+	if opt.Servers == 0 {
+		opt.Servers = 1 << 14
+	}
+	m := &Module{cfg: cfg, opt: opt, log: opt.Log, clock: newClock()}
+	m.policies.last = map[[2]string]*snapshot.Snapshot{}
+	m.policies.open = map[uint16]bool{}
+	m.setState(control.Starting)
+	m.ready.Store(&map[uint16]bool{})
+	m.host = host.New(host.Options{
+		Log: opt.Log, Dirs: opt.PluginDirs, RuntimeDir: cfg.RuntimeDir, Version: opt.Version,
+		OnSnapshot: m.onSnapshot,
+	})
+	if err := m.buildDB(); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+func (m *Module) setState(c control.Condition) { m.state.Store(&c) }
+
+// buildDB makes the first generation of the database of farms.
+func (m *Module) buildDB() error {
+	spec, err := farmSpec(m.cfg, func(f, p string) (*snapshot.Snapshot, bool) { return nil, m.host.RoutePolicy(p) })
+	if err != nil {
+		return err
+	}
+	db, err := farm.Build(m.db.Load(), spec)
+	if err != nil {
+		return err
+	}
+	m.db.Store(db)
+	return nil
+}
+
+// clock counts nanoseconds since 1970 by the monotonic clock, so that it never
+// goes back and can be compared with a snapshot's expiry.
+type clock struct {
+	start time.Time
+	base  int64
+}
+
+func newClock() clock {
+	now := time.Now()
+	return clock{now, now.UnixNano()}
+}
+
+func (c clock) now() int64 { return c.base + int64(time.Since(c.start)) }
+
+// undo is what has to be given back, in the opposite order of taking.
+type undo []func() error
+
+func (u *undo) add(f func() error) { *u = append(*u, f) }
+
+func (u *undo) run() error {
+	var errs []error
+	for i := len(*u) - 1; i >= 0; i-- {
+		errs = append(errs, (*u)[i]())
+	}
+	*u = nil
+	return errors.Join(errs...)
+}
+
+// Run serves until ctx ends, then stops in order and gives back everything.
+// Sockets are made in the network namespace of the calling thread. The error
+// says in one sentence what cannot work; *PrivilegeError, and the errors of
+// packages nft, divert and control, can be told apart.
+func (m *Module) Run(ctx context.Context) (err error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	m.started = time.Now()
+
+	var give undo
+	defer func() { err = errors.Join(err, give.run()) }()
+
+	params, kernel, err := m.look()
+	if err != nil {
+		return err
+	}
+	if err := m.takeDir(&give); err != nil {
+		return err
+	}
+	params, err = m.takePorts(params)
+	if err != nil {
+		return err
+	}
+	if err := m.openQueues(&params, &give); err != nil {
+		return err
+	}
+	listener, err := control.Listen(m.cfg.Admin.Socket, m)
+	if err != nil {
+		return err
+	}
+	give.add(func() error { listener.Close(); return nil })
+
+	give.add(m.host.Close)
+	plugins, farms := PluginSpecs(m.cfg)
+	if err := m.host.Start(ctx, plugins, farms); err != nil {
+		return err
+	}
+	m.openFarms(ctx)
+
+	ifaces, err := nft.Interfaces(params)
+	if err != nil {
+		return err
+	}
+	if params.StrictRPFilter, err = nft.StrictInterfaces(m.cfg.RuntimeDir, ifaces...); err != nil {
+		return err
+	}
+	if m.firewall, err = nft.Install(params, kernel); err != nil {
+		return err
+	}
+	give.add(m.firewall.Remove)
+	journal, err := nft.ApplySysctls(m.cfg.RuntimeDir, nft.Needs(params, ifaces...))
+	if err != nil {
+		return err
+	}
+	give.add(journal.Restore)
+
+	// From here on packets flow.
+	var threads sync.WaitGroup
+	failed := make(chan error, len(m.shards)+2)
+	for _, s := range m.shards {
+		threads.Go(func() { failed <- s.run() })
+	}
+	serveCtx, stopServing := context.WithCancel(context.WithoutCancel(ctx))
+	threads.Go(func() {
+		if err := listener.Serve(serveCtx); err != nil {
+			m.log.Error("the control socket ended", "error", err)
+		}
+	})
+	give.add(func() error {
+		stopServing()
+		for _, s := range m.shards {
+			s.quit()
+		}
+		threads.Wait()
+		return nil
+	})
+	m.setState(control.Ready)
+	m.log.Info("serving", "version", m.opt.Version, "farms", len(m.cfg.Farms), "shards", len(m.shards), "native_queue", kernel.NativeQueue, "owned_table", kernel.Owner)
+	if m.opt.Ready != nil {
+		m.opt.Ready()
+	}
+	select {
+	case <-ctx.Done():
+	case err := <-failed:
+		if err != nil {
+			return fmt.Errorf("packet queue: %w", err)
+		}
+	}
+	m.stop()
+	return nil
+}
+
+// look refuses what cannot work on this host, before anything is changed.
+func (m *Module) look() (nft.Params, nft.Kernel, error) {
+	params := firewallParams(m.cfg, m.cfg.ShardCount(0))
+	if err := params.Validate(); err != nil {
+		return params, nft.Kernel{}, err
+	}
+	kernel, err := nft.Probe()
+	if errors.Is(err, nft.ErrPermission) {
+		return params, kernel, &PrivilegeError{err}
+	}
+	if err != nil {
+		return params, kernel, err
+	}
+	if err := nft.CheckVIPListeners(params.VIPs); err != nil {
+		return params, kernel, err
+	}
+	if err := nft.CheckQueues(params.QueueFirst, params.Queues()); err != nil {
+		return params, kernel, err
+	}
+	if err := nft.CheckForwarding(params); err != nil {
+		return params, kernel, err
+	}
+	if _, err := nft.LocalPortsInRange(params.PortFirst, params.PortLast, params.SNIPs...); err != nil {
+		return params, kernel, err
+	}
+	return params, kernel, nil
+}
+
+// takeDir makes the runtime directory and locks it against a second instance.
+// The lock goes with the process.
+func (m *Module) takeDir(give *undo) error {
+	dir := m.cfg.RuntimeDir
+	made := false
+	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return fmt.Errorf("runtime_dir: %w", err)
+		}
+		made = true
+	}
+	path := filepath.Join(dir, "lock")
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return fmt.Errorf("runtime_dir: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		_ = f.Close()
+		return fmt.Errorf("runtime_dir: another instance holds %s; stop it, or give this one a runtime_dir of its own", path)
+	}
+	give.add(func() error {
+		_ = os.Remove(path)
+		_ = f.Close()
+		if made {
+			_ = os.Remove(dir) // Others may have put files there.
+		}
+		return nil
+	})
+	return nil
+}
+
+// takePorts finds the ports that stay with the router's own sockets.
+func (m *Module) takePorts(params nft.Params) (nft.Params, error) {
+	used, err := nft.LocalPortsInRange(params.PortFirst, params.PortLast, params.SNIPs...)
+	params.ExceptPorts = used
+	return params, err
+}
+
+// portRest is how long a SNIP port rests after its connection: longer than a
+// segment lives in a farm's network.
+const portRest = 10 * time.Second
+
+// openQueues binds the queues and makes the shards.
+func (m *Module) openQueues(params *nft.Params, give *undo) error {
+	open := divert.OpenPlain
+	if m.cfg.Queue.Backend == "batched" {
+		open = divert.OpenBatched
+	}
+	var secret [16]byte
+	if _, err := rand.Read(secret[:]); err != nil {
+		return err
+	}
+	m.handshake = engine.NewHandshake(engine.NewMACCookies(secret), clientMSS, clientMSS, m.takesSYN)
+	add := func(number uint16, length uint32, role role) error {
+		q, err := open(divert.Config{Queue: number, Length: length, GSO: m.cfg.Queue.GSO})
+		if err != nil {
+			return privilege(err)
+		}
+		give.add(q.Close)
+		em, err := divert.OpenEmitter(params.Mark)
+		if err != nil {
+			return privilege(err)
+		}
+		give.add(func() error { em.Close(); return nil })
+		m.shards = append(m.shards, newShard(m, q, em, params.Mark, params.MarkMask, role))
+		return nil
+	}
+	if err := add(params.SYNQueue(), synQueueLength(), roleSYN); err != nil {
+		return err
+	}
+	if err := add(params.ControlQueue(), 1024, roleControl); err != nil {
+		return err
+	}
+	except := map[uint16]bool{}
+	for _, p := range params.ExceptPorts {
+		except[p] = true
+	}
+	for i := range params.Shards {
+		var seed [8]byte
+		if _, err := rand.Read(seed[:]); err != nil {
+			return err
+		}
+		lo, hi := nft.Slice(params.PortFirst, params.PortLast, params.Shards, i)
+		var ports []*pool.Ports
+		for _, a := range params.SNIPs {
+			ports = append(ports, pool.NewPorts(packet.AddrFrom(a), lo, hi, int64(portRest), func(p uint16) bool { return except[p] }))
+		}
+		if err := add(params.ShardQueue(i), uint32(m.cfg.Queue.Length), roleShard); err != nil {
+			return err
+		}
+		m.shards[len(m.shards)-1].engine = engine.New(engine.Options{
+			Clients: m.opt.Clients, Servers: m.opt.Servers, Seed: binary.LittleEndian.Uint64(seed[:]),
+			Handshake: m.handshake, SNIPs: ports, ShareSNIP: m.cfg.Source.Shared,
+		}, m.db.Load())
+	}
+	return nil
+}
+
+// clientMSS is what clients are told: what a server of the large class is
+// told, so that a segment fits both ways.
+const clientMSS = pool.LargeMSS
+
+// synQueueLength is short: each queued SYN is an unconfirmed conntrack entry.
+func synQueueLength() uint32 {
+	n := uint32(1024)
+	if b, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_max"); err == nil {
+		var entries uint32
+		if _, err := fmt.Sscan(string(b), &entries); err == nil && entries > 0 {
+			n = max(min(n, entries/16), 16)
+		}
+	}
+	return n
+}
+
+func privilege(err error) error {
+	if errors.Is(err, divert.ErrPermission) {
+		return &PrivilegeError{err}
+	}
+	return err
+}
+
+// takesSYN says whether a VIP's farm takes connections.
+func (m *Module) takesSYN(vip packet.Endpoint) bool {
+	f := m.db.Load().ByVIP(vip)
+	return f != nil && (*m.ready.Load())[f.ID]
+}
+
+// stopStep is how often a stop looks whether it is done.
+const stopStep = 5 * time.Millisecond
+
+// stop lets running responses finish, then resets the rest.
+func (m *Module) stop() {
+	m.setState(control.Stopping)
+	m.log.Info("stopping", "stop_timeout", m.cfg.StopTimeout.Std())
+	m.handshake.Stopped.Store(true)
+	m.tell(engine.Stop)
+	deadline := time.Now().Add(m.cfg.StopTimeout.Std())
+	lastWords := time.Now().Add(time.Second)
+	for {
+		time.Sleep(stopStep)
+		clients, servers := 0, 0
+		for _, s := range m.shards {
+			c, v := s.running()
+			clients, servers = clients+c, servers+v
+		}
+		now := time.Now()
+		// A peer that is only slow to close is not waited for.
+		if clients == 0 && (servers == 0 || now.After(lastWords)) || now.After(deadline) {
+			break
+		}
+	}
+	m.tell(engine.Abort)
+	for range 200 {
+		if !m.pending() {
+			return
+		}
+		time.Sleep(stopStep)
+	}
+}
+
+func (m *Module) tell(k engine.Kind) {
+	for _, s := range m.shards {
+		s.post(k)
+	}
+}
+
+func (m *Module) pending() bool {
+	for _, s := range m.shards {
+		if s.mail.Load() != 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// Status implements control.Provider.
+func (m *Module) Status(context.Context) (*control.Status, error) {
+	st := &control.Status{
+		Version: m.opt.Version, PID: os.Getpid(), Started: m.started, Generation: m.db.Load().Generation,
+		Condition: *m.state.Load(), Shards: len(m.shards) - 2, Farms: control.Farms(m.db.Load()), Plugins: []control.Plugin{},
+	}
+	for _, p := range m.host.Status() {
+		st.Plugins = append(st.Plugins, control.Plugin{
+			Name: p.Plugin, Version: p.Version, State: string(p.State), PID: p.PID, Restarts: p.Restarts, Error: p.LastError,
+		})
+		if p.State != host.StateUp && st.Condition == control.Ready {
+			st.Condition = control.Degraded
+			st.Reasons = append(st.Reasons, fmt.Sprintf("plugin %s is %s: %s", p.Plugin, p.State, p.LastError))
+		}
+	}
+	return st, nil
+}

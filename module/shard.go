@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package module
+
+import (
+	"errors"
+	"net"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"github.com/weirgate/weir/module/divert"
+	"github.com/weirgate/weir/module/engine"
+)
+
+// role says what a thread does with the packets of its queue.
+type role uint8
+
+const (
+	roleSYN     role = iota // answers SYNs, without state
+	roleControl             // ICMP errors
+	roleShard               // everything else, with an engine of its own
+)
+
+// shard is one queue with the thread that serves it. Only that thread touches
+// the engine; others post to it.
+type shard struct {
+	m      *Module
+	role   role
+	queue  divert.Queue
+	emit   *divert.Emitter
+	mark   uint32
+	mask   uint32
+	engine *engine.Engine // roleShard
+	lo     uint32         // index of the loopback interface
+
+	mail    atomic.Uint32 // bits of engine.Kind to step, see post
+	done    atomic.Bool
+	clients atomic.Int32 // of the last batch, while stopping
+	servers atomic.Int32
+
+	ev   engine.Event
+	out  engine.Output
+	pkts [][]byte
+}
+
+// batchSize is how many packets are handled between two looks at the clock.
+const batchSize = 64
+
+// longestWait bounds a wait for packets, so that a lost wake-up costs little.
+const longestWait = time.Second
+
+func newShard(m *Module, q divert.Queue, em *divert.Emitter, mark, mask uint32, r role) *shard {
+	s := &shard{m: m, role: r, queue: q, emit: em, mark: mark, mask: mask}
+	if ifc, err := net.InterfaceByName("lo"); err == nil {
+		s.lo = uint32(ifc.Index)
+	}
+	return s
+}
+
+// post asks the shard's engine for a step of that kind.
+func (s *shard) post(k engine.Kind) {
+	if s.role != roleShard {
+		return
+	}
+	s.mail.Or(1 << k)
+	s.queue.Wake()
+}
+
+// quit ends the thread.
+func (s *shard) quit() {
+	s.done.Store(true)
+	s.queue.Wake()
+}
+
+// running is how many connections the engine still holds; for a stop.
+func (s *shard) running() (clients, servers int) {
+	if s.role != roleShard {
+		return 0, 0
+	}
+	if s.mail.Load() != 0 {
+		return 1, 1 // it has not even begun
+	}
+	return int(s.clients.Load()), int(s.servers.Load())
+}
+
+// run serves the queue until quit. The order per batch is: records, then
+// emissions, then verdicts.
+func (s *shard) run() error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	batch := make([]divert.Packet, batchSize)
+	db := s.m.db.Load()
+	stopping := false
+	for !s.done.Load() {
+		n, err := s.queue.Receive(batch, s.patience())
+		if errors.Is(err, divert.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		now := s.m.clock.now()
+		s.out.Reset()
+		if s.role == roleShard {
+			if d := s.m.db.Load(); d != db {
+				db = d
+				s.engine.SetDB(db)
+			}
+			mail := s.mail.Load()
+			for k := engine.Stop; k <= engine.Abort; k++ {
+				if mail&(1<<k) != 0 {
+					s.engine.Step(now, &engine.Event{Kind: k}, &s.out)
+					stopping = true
+				}
+			}
+			if n == 0 {
+				s.engine.Step(now, &engine.Event{Kind: engine.Tick}, &s.out)
+			}
+			s.handle(now, batch[:n])
+			if stopping {
+				c, v := s.engine.Running()
+				s.clients.Store(int32(c))
+				s.servers.Store(int32(v))
+			}
+			s.flush()
+			s.mail.And(^mail)
+		} else {
+			s.handle(now, batch[:n])
+			s.flush()
+		}
+		if n > 0 {
+			if err := s.queue.Send(batch[:n]); err != nil && !errors.Is(err, divert.ErrClosed) {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// patience is how long to wait for packets.
+func (s *shard) patience() time.Duration {
+	if s.role != roleShard {
+		return longestWait
+	}
+	due := s.engine.NextDue()
+	if due == 0 {
+		return longestWait
+	}
+	return min(max(time.Duration(due-s.m.clock.now()), 0), longestWait)
+}
+
+// handle sets the verdicts of a batch.
+func (s *shard) handle(now int64, batch []divert.Packet) {
+	ev := &s.ev
+	for i := range batch {
+		p := &batch[i]
+		switch s.role {
+		case roleSYN:
+			s.m.handshake.SYN(now, p.Data, p.Checksum, &s.out)
+			p.Verdict = divert.Drop
+			continue
+		case roleControl:
+			p.Verdict = divert.Accept
+			continue
+		}
+		*ev = engine.Event{
+			Kind: engine.Packet, Checksum: p.Checksum, GSO: p.GSO, Short: p.Truncated,
+			Loopback: p.InIf == s.lo, Data: p.Data,
+		}
+		s.engine.Step(now, ev, &s.out)
+		switch ev.Verdict {
+		case engine.Accept:
+			p.Verdict = divert.Accept
+		case engine.Rewrite:
+			p.Verdict = divert.Rewritten
+			p.Data = ev.Data
+			p.Mark = p.Mark&^s.mask | s.mark
+		default:
+			p.Verdict = divert.Drop
+		}
+	}
+}
+
+// flush emits what the steps of the batch made.
+func (s *shard) flush() {
+	s.pkts = s.pkts[:0]
+	for i := range s.out.Len() {
+		s.pkts = append(s.pkts, s.out.Packet(i))
+	}
+	if len(s.pkts) > 0 {
+		// Failures are counted by the emitter; to TCP they are losses.
+		_, _ = s.emit.Send(s.pkts)
+	}
+}

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package module
+
+import (
+	"net/netip"
+
+	"github.com/weirgate/weir/module/config"
+	"github.com/weirgate/weir/module/farm"
+	"github.com/weirgate/weir/nft"
+	"github.com/weirgate/weir/plugins/host"
+	"github.com/weirgate/weir/policies/snapshot"
+)
+
+// This file says in the words of each part what a configuration means.
+
+// farmSpec describes the database of farms. snap gives the last snapshot of a
+// policy for a farm and whether the policy sends routes.
+func farmSpec(c *config.Config, snap func(farm, plugin string) (*snapshot.Snapshot, bool)) (farm.Spec, error) {
+	spec := farm.Spec{SNIPs: c.Source.Addresses}
+	for i := range c.Farms {
+		f := &c.Farms[i]
+		mode, _ := farm.ParseForwarded(f.Forwarded) // the configuration is valid
+		fs := farm.FarmSpec{
+			Name: f.Name, VIPs: f.Listen, Forwarded: mode,
+			Pool: farm.PoolLimits{
+				MaxIdle: int32(f.Pool.MaxIdle), MaxConnections: int32(f.Pool.MaxConnections), MinIdle: int32(f.Pool.MinIdle),
+				IdleTimeout: int64(f.Pool.IdleTimeout), MaxRequests: uint32(f.Pool.MaxRequests), MaxAge: int64(f.Pool.MaxAge),
+				MaxWaiting: int32(f.Pool.MaxWaiting), WaitTimeout: int64(f.Pool.WaitTimeout),
+				DrainLimit: int64(f.Pool.DrainLimit), DrainTimeout: int64(f.Pool.DrainTimeout),
+			},
+			Timeouts: farm.Timeouts{
+				Connect: int64(f.Timeouts.Connect), Head: int64(f.Timeouts.Head),
+				Idle: int64(f.Timeouts.Idle), Response: int64(f.Timeouts.Response),
+			},
+		}
+		for _, s := range f.Servers {
+			fs.Servers = append(fs.Servers, farm.ServerSpec{Name: s.Name, Endpoint: s.Address, Weight: uint32(s.Weight), Backup: s.Backup})
+		}
+		policies, err := farmPolicies(f, snap)
+		if err != nil {
+			return spec, err
+		}
+		fs.Policies = policies
+		spec.Farms = append(spec.Farms, fs)
+	}
+	return spec, nil
+}
+
+// farmPolicies lists a farm's policies with their last snapshots.
+func farmPolicies(f *config.Farm, snap func(farm, plugin string) (*snapshot.Snapshot, bool)) ([]snapshot.Policy, error) {
+	var out []snapshot.Policy
+	for _, p := range f.Policies {
+		onEmpty, err := snapshot.ParseOnEmpty(p.OnEmpty)
+		if err != nil {
+			return nil, err
+		}
+		s, routes := snap(f.Name, p.Use)
+		out = append(out, snapshot.Policy{Name: p.Use, OnEmpty: onEmpty, Snapshot: s, RoutePolicy: routes})
+	}
+	return out, nil
+}
+
+// PluginSpecs describes the plugin processes that a configuration needs and
+// the farms that they serve.
+func PluginSpecs(c *config.Config) ([]host.PluginSpec, []host.FarmSpec) {
+	var plugins []host.PluginSpec
+	for _, p := range c.UsedPlugins() {
+		plugins = append(plugins, host.PluginSpec{
+			Name: p.Name, Command: p.Command, Config: p.Config, User: p.User, Checksum: p.Checksum,
+			StartTimeout: p.StartTimeout.Std(), Expiry: p.Expiry.Std(),
+		})
+	}
+	var farms []host.FarmSpec
+	for i := range c.Farms {
+		f := &c.Farms[i]
+		fs := host.FarmSpec{Name: f.Name}
+		for _, s := range f.Servers {
+			fs.Servers = append(fs.Servers, host.ServerInfo{Name: s.Name, Address: s.Address.String(), Weight: uint32(s.Weight), Backup: s.Backup})
+		}
+		for _, p := range f.Policies {
+			fs.Policies = append(fs.Policies, host.PolicyUse{Plugin: p.Use, Config: p.Config})
+		}
+		farms = append(farms, fs)
+	}
+	return plugins, farms
+}
+
+// firewallParams describes the ruleset.
+func firewallParams(c *config.Config, shards int) nft.Params {
+	p := nft.Params{
+		Table: c.Firewall.Table, Mark: c.Firewall.Mark.Value, MarkMask: c.Firewall.Mark.Mask,
+		SNIPs: c.Source.Addresses, PortFirst: c.Source.Ports.Low, PortLast: c.Source.Ports.High,
+		Shared: c.Source.Shared, QueueFirst: uint16(c.Queue.First), Shards: shards,
+		InspectAll: c.Firewall.Inspect == "all",
+	}
+	seen := map[netip.AddrPort]bool{}
+	for i := range c.Farms {
+		p.VIPs = append(p.VIPs, c.Farms[i].Listen...)
+		for _, s := range c.Farms[i].Servers {
+			if !seen[s.Address] {
+				seen[s.Address] = true
+				p.Servers = append(p.Servers, s.Address)
+			}
+		}
+	}
+	return p
+}
