@@ -1,0 +1,327 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package nft
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+// The standard priorities of netfilter that ours are measured from.
+const (
+	priorityRaw    = -300
+	priorityFilter = 0
+
+	prioritySpoof   = priorityRaw - 2
+	priorityDivert  = priorityRaw - 1
+	priorityUntrack = priorityRaw + 1
+
+	// The SYN chains stand behind every rule that may refuse a new
+	// connection: firewalld's chains are at +10, the iptables security table
+	// at +50, and of two equal priorities the later one runs first.
+	prioritySYN = priorityFilter + 200
+
+	// The guard is the last thing before the router's own sockets, behind
+	// source NAT for input (+100), so that it sees what they would see.
+	priorityGuard = priorityFilter + 201
+)
+
+// Names of the counters, as Counters gives them.
+const (
+	CounterClient      = "client"       // client packets to a shard queue
+	CounterServer      = "server"       // server packets to a shard queue
+	CounterSYN         = "syn"          // plain SYNs to the SYN queue
+	CounterICMP        = "icmp_error"   // ICMP errors to the control queue ("icmp" is a word of nft's grammar)
+	CounterFragment    = "fragment"     // fragments that nobody reassembled, dropped
+	CounterSpoof       = "spoof"        // local source from outside, dropped
+	CounterReversePath = "reverse_path" // dropped in place of a strict rp_filter
+	CounterMisplaced   = "misplaced"    // a server's address on a wrong interface, dropped
+	CounterGuard       = "guard"        // addressed to a SNIP port, dropped before the router's own TCP
+	CounterUntracked   = "untracked"    // marked packets that conntrack was kept from
+)
+
+// Names of the sets that follow the configuration; each exists for family 4
+// and 6 where the name ends in a digit.
+const (
+	setVIPs     = "vips"      // address . port
+	setVIPAddrs = "vip_addrs" // their addresses alone, for ICMP and fragments
+	setServers  = "servers"   // address . port
+	setSNIPs    = "snips"     // addresses
+	setExcept   = "except_ports"
+	setStrict   = "strict_rp"
+)
+
+// Errors of Build; match with errors.Is.
+var (
+	// ErrNotSupported: the parameters ask for something that this version
+	// cannot do.
+	ErrNotSupported = errors.New("not supported")
+
+	// ErrNoQueue: the kernel can neither queue natively nor through the
+	// NFQUEUE target.
+	ErrNoQueue = errors.New("the kernel has no way to queue packets to a program")
+)
+
+// Build makes the ruleset of these parameters for this kernel. It touches
+// nothing. The result shares no memory with p.
+func Build(p Params, k Kernel) (*Ruleset, error) {
+	if err := p.Validate(); err != nil {
+		return nil, err
+	}
+	if p.InspectAll {
+		return nil, fmt.Errorf("nft: firewall.inspect: all: %w by this version; use inspect: syn", ErrNotSupported)
+	}
+	if !k.NativeQueue && !k.CompatQueue {
+		return nil, fmt.Errorf("nft: %w: load the module nft_queue, or nft_compat and xt_NFQUEUE", ErrNoQueue)
+	}
+	p = p.clone()
+	b := builder{p: &p, k: k, r: &Ruleset{Table: p.Table, compat: !k.NativeQueue}}
+	b.sets()
+	b.shards()
+	b.antispoof()
+	b.divert()
+	b.divertICMP()
+	b.untrack()
+	b.syn()
+	b.guard()
+	b.defrag()
+	return b.r, nil
+}
+
+type builder struct {
+	p *Params
+	k Kernel
+	r *Ruleset
+}
+
+// rule collects terms and notes the counter when it is used first.
+func (b *builder) rule(terms ...term) Rule { return Rule{terms: terms} }
+
+func (b *builder) count(name string) term {
+	if !slices.Contains(b.r.Counters, name) {
+		b.r.Counters = append(b.r.Counters, name)
+	}
+	return counted(name)
+}
+
+func (b *builder) queue(num uint16) term { return queue(num, b.r.compat) }
+
+func (b *builder) chain(c Chain) { b.r.Chains = append(b.r.Chains, c) }
+
+func (b *builder) ours() term { return markIsOurs(b.p.Mark, b.p.MarkMask) }
+
+// sets makes all sets, of both families and also when empty, so that a reload
+// changes elements only.
+func (b *builder) sets() {
+	add := func(name string, t SetType, e []Element) {
+		b.r.Sets = append(b.r.Sets, Set{Name: name, Type: t, Elements: e})
+	}
+	for _, f := range families {
+		is4 := f == &family4
+		pairs, addr := SetAddrPort6, SetAddr6
+		if is4 {
+			pairs, addr = SetAddrPort4, SetAddr4
+		}
+		var vips, addrs, servers, snips []Element
+		var last netip.Addr
+		for _, v := range b.p.VIPs {
+			if v.Addr().Is4() != is4 {
+				continue
+			}
+			vips = append(vips, addrPortElement(v))
+			if v.Addr() != last { // they are sorted
+				addrs = append(addrs, addrElement(v.Addr()))
+				last = v.Addr()
+			}
+		}
+		for _, s := range b.p.Servers {
+			if s.Addr().Is4() == is4 {
+				servers = append(servers, addrPortElement(s))
+			}
+		}
+		for _, a := range b.p.SNIPs {
+			if a.Is4() == is4 {
+				snips = append(snips, addrElement(a))
+			}
+		}
+		add(setVIPs+f.suffix, pairs, vips)
+		add(setVIPAddrs+f.suffix, addr, addrs)
+		add(setServers+f.suffix, pairs, servers)
+		add(setSNIPs+f.suffix, addr, snips)
+	}
+	var except, strict []Element
+	for _, port := range b.p.ExceptPorts {
+		except = append(except, portElement(port))
+	}
+	for _, name := range b.p.StrictRPFilter {
+		strict = append(strict, ifnameElement(name))
+	}
+	add(setExcept, SetPort, except)
+	add(setStrict, SetIfname, strict)
+}
+
+// shards makes one chain per shard that holds its queue statement; verdict
+// maps go there. With one shard the rules queue by themselves.
+func (b *builder) shards() {
+	if b.p.Shards == 1 {
+		return
+	}
+	for i := range b.p.Shards {
+		b.chain(Chain{Name: shardChain(i), Rules: []Rule{b.rule(b.queue(b.p.ShardQueue(i)))}})
+	}
+}
+
+// antispoof takes over what accept_local=1 and a loosened rp_filter open up.
+func (b *builder) antispoof() {
+	c := Chain{
+		Name: "antispoof", Hook: "prerouting", Priority: prioritySpoof,
+		Comment: "What accept_local and a loosened rp_filter let in is stopped here.\n" +
+			"Looped-back multicast and broadcast have a local source by right.",
+		Rules: []Rule{
+			b.rule(b.ours(), returns()),
+			b.rule(notLoopback(), sourceIsLocal(),
+				destinationTypeNot("multicast", unix.RTN_MULTICAST), destinationTypeNot("broadcast", unix.RTN_BROADCAST),
+				b.count(CounterSpoof), drop()),
+			// rp_filter is a matter of IPv4 only.
+			b.rule(nfproto(&family4), iifnameIn(setStrict), noReversePath(), b.count(CounterReversePath), drop()),
+		},
+	}
+	for _, f := range families {
+		c.Rules = append(c.Rules, b.rule(append(b.fromServer(f), noReversePath(), b.count(CounterMisplaced), drop())...))
+	}
+	b.chain(c)
+}
+
+// fromServer matches a packet from a server to one of the engine's ports.
+func (b *builder) fromServer(f *ipFamily) []term {
+	return append([]term{f.concatIn(false, setServers+f.suffix)}, b.toSNIPPort(f)...)
+}
+
+func (b *builder) toSNIPPort(f *ipFamily) []term {
+	return []term{
+		f.destinationIn(setSNIPs + f.suffix),
+		dportRange(b.p.PortFirst, b.p.PortLast), dportNotIn(setExcept),
+	}
+}
+
+// divert sends the packets of diverted flows to the shards.
+func (b *builder) divert() {
+	c := Chain{
+		Name: "divert", Hook: "prerouting", Priority: priorityDivert,
+		Comment: "Packets of diverted flows go to the engine; what it rewrote comes by with the\n" +
+			"mark. A fragment that nobody reassembled cannot be told apart: never pass it.",
+		Rules: []Rule{b.rule(b.ours(), returns())},
+	}
+	for _, f := range families {
+		for _, set := range []string{setVIPAddrs, setSNIPs} {
+			terms := []term{f.fragmented(), l4tcp(), f.destinationIn(set + f.suffix)}
+			if f == &family6 {
+				terms = []term{l4tcp(), f.destinationIn(set + f.suffix), f.fragmented()}
+			}
+			c.Rules = append(c.Rules, b.rule(append(terms, b.count(CounterFragment), drop())...))
+		}
+	}
+	for _, f := range families {
+		// A plain SYN first has to pass the administrator's own rules, and
+		// comes to syn_local or syn_routed.
+		shard := b.queue(b.p.ShardQueue(0))
+		if b.p.Shards > 1 {
+			shard = f.clientShard(b.p.Shards)
+		}
+		c.Rules = append(c.Rules, b.rule(f.concatIn(true, setVIPs+f.suffix), plainSYN(false), b.count(CounterClient), shard))
+	}
+	for _, f := range families {
+		shard := b.queue(b.p.ShardQueue(0))
+		if b.p.Shards > 1 {
+			shard = serverShard(b.p.PortFirst, b.p.PortLast, b.p.Shards)
+		}
+		c.Rules = append(c.Rules, b.rule(append(b.fromServer(f), b.count(CounterServer), shard)...))
+	}
+	b.chain(c)
+}
+
+// divertICMP sends errors about diverted flows to the control queue, on lo
+// too: the router's own "fragmentation needed" about a rewritten packet is
+// addressed to its own VIP.
+func (b *builder) divertICMP() {
+	c := Chain{
+		Name: "divert_icmp", Hook: "prerouting", Priority: priorityDivert,
+		Comment: "ICMP errors about TCP of a VIP or SNIP address, lo included.",
+		Rules:   []Rule{b.rule(b.ours(), returns())},
+	}
+	for _, f := range families {
+		for _, set := range []string{setVIPAddrs, setSNIPs} {
+			c.Rules = append(c.Rules, b.rule(f.destinationIn(set+f.suffix), f.icmpError(), f.embedsTCP(),
+				b.count(CounterICMP), b.queue(b.p.ControlQueue())))
+		}
+	}
+	b.chain(c)
+}
+
+// untrack keeps conntrack from half a translation: it would otherwise see a
+// server's packets with no handshake, and call them invalid.
+func (b *builder) untrack() {
+	for _, c := range []Chain{
+		{Name: "untrack", Hook: "prerouting", Comment: "Conntrack never sees what the engine translated or emitted."},
+		{Name: "untrack_output", Hook: "output"},
+	} {
+		c.Priority = priorityUntrack
+		c.Rules = []Rule{b.rule(b.ours(), b.count(CounterUntracked), notrack())}
+		b.chain(c)
+	}
+}
+
+// syn queues the SYNs that the existing rules let through.
+func (b *builder) syn() {
+	for _, c := range []Chain{
+		{Name: "syn_local", Hook: "input", Comment: "SYNs to a VIP that all other rules let through: to an address of the router,"},
+		{Name: "syn_routed", Hook: "forward", Comment: "or routed through it."},
+	} {
+		c.Priority = prioritySYN
+		for _, f := range families {
+			c.Rules = append(c.Rules, b.rule(f.concatIn(true, setVIPs+f.suffix), plainSYN(true), b.count(CounterSYN), b.queue(b.p.SYNQueue())))
+		}
+		b.chain(c)
+	}
+}
+
+// guard: the router's own TCP would answer a packet to a SNIP port with a RST
+// and so end the server connection behind the engine's back.
+func (b *builder) guard() {
+	c := Chain{
+		Name: "local_guard", Hook: "input", Priority: priorityGuard,
+		Comment: "Nothing addressed to a SNIP port reaches the router's own TCP.",
+	}
+	for _, f := range families {
+		c.Rules = append(c.Rules, b.rule(append(b.toSNIPPort(f), b.count(CounterGuard), drop())...))
+	}
+	b.chain(c)
+}
+
+// defrag holds rules that no packet ever meets. Only the existence of a tproxy
+// or ct expression switches the kernel's defragmentation on in a namespace;
+// tproxy is preferred because ct would also start connection tracking.
+func (b *builder) defrag() {
+	c := Chain{
+		Name:    "defrag",
+		Comment: "Never entered: that these rules exist switches defragmentation on.",
+	}
+	for _, f := range families {
+		if f == &family4 && b.k.TProxy4 || f == &family6 && b.k.TProxy6 {
+			c.Rules = append(c.Rules, b.rule(nfproto(f), l4tcp(), f.tproxyTo(1)))
+		}
+	}
+	if !b.k.TProxy4 || !b.k.TProxy6 && b.k.IPv6 {
+		if !b.k.Ct {
+			// Without either the fragment rules of divert drop what comes in
+			// fragments. That is safe; Kernel.Defragments tells of it.
+			return
+		}
+		c.Rules = []Rule{b.rule(ctInvalid())}
+	}
+	b.chain(c)
+}
