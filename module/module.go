@@ -369,7 +369,7 @@ func (m *Module) openQueues(params *nft.Params, give *undo) error {
 		}
 		m.shards[len(m.shards)-1].engine = engine.New(engine.Options{
 			Clients: m.opt.Clients, Servers: m.opt.Servers, Seed: binary.LittleEndian.Uint64(seed[:]),
-			Handshake: m.handshake, SNIPs: ports, ShareSNIP: m.cfg.Source.Shared,
+			Handshake: m.handshake, SNIPs: ports, ShareSNIP: m.cfg.Source.Shared, Shard: i, Shards: params.Shards,
 		}, m.db.Load())
 	}
 	return nil

@@ -107,15 +107,19 @@ func (s *shard) run() error {
 				db = d
 				s.engine.SetDB(db)
 			}
-			mail := s.mail.Load()
-			for k := engine.Stop; k <= engine.Abort; k++ {
+			// A request to relieve may come again while this one is served; the
+			// others come once, and a stop looks whether they are done.
+			mail := s.mail.And(^uint32(1 << engine.Relieve))
+			for k := engine.Stop; k <= engine.Relieve; k++ {
 				if mail&(1<<k) != 0 {
-					s.engine.Step(now, &engine.Event{Kind: k}, &s.out)
-					stopping = true
+					s.ev = engine.Event{Kind: k}
+					s.engine.Step(now, &s.ev, &s.out)
+					stopping = stopping || k != engine.Relieve
 				}
 			}
 			if n == 0 {
-				s.engine.Step(now, &engine.Event{Kind: engine.Tick}, &s.out)
+				s.ev = engine.Event{Kind: engine.Tick}
+				s.engine.Step(now, &s.ev, &s.out)
 			}
 			s.handle(now, batch[:n])
 			if stopping {
@@ -124,7 +128,7 @@ func (s *shard) run() error {
 				s.servers.Store(int32(v))
 			}
 			s.flush()
-			s.mail.And(^mail)
+			s.mail.And(^(mail &^ (1 << engine.Relieve)))
 		} else {
 			s.handle(now, batch[:n])
 			s.flush()
@@ -185,6 +189,13 @@ func (s *shard) handle(now int64, batch []divert.Packet) {
 // flush emits what the steps of the batch made.
 func (s *shard) flush() {
 	s.pkts = s.pkts[:0]
+	if s.out.Relieve {
+		for _, o := range s.m.shards {
+			if o != s {
+				o.post(engine.Relieve)
+			}
+		}
+	}
 	for i := range s.out.Len() {
 		s.pkts = append(s.pkts, s.out.Packet(i))
 	}

@@ -25,7 +25,8 @@ func farmSpec(c *config.Config, snap func(farm, plugin string) (*snapshot.Snapsh
 			Name: f.Name, VIPs: f.Listen, Forwarded: mode,
 			Pool: farm.PoolLimits{
 				MaxIdle: int32(f.Pool.MaxIdle), MaxConnections: int32(f.Pool.MaxConnections), MinIdle: int32(f.Pool.MinIdle),
-				IdleTimeout: int64(f.Pool.IdleTimeout), MaxRequests: uint32(f.Pool.MaxRequests), MaxAge: int64(f.Pool.MaxAge),
+				MaxConnecting: int32(f.Pool.MaxConnecting),
+				IdleTimeout:   int64(f.Pool.IdleTimeout), MaxRequests: uint32(f.Pool.MaxRequests), MaxAge: int64(f.Pool.MaxAge),
 				MaxWaiting: int32(f.Pool.MaxWaiting), WaitTimeout: int64(f.Pool.WaitTimeout),
 				DrainLimit: int64(f.Pool.DrainLimit), DrainTimeout: int64(f.Pool.DrainTimeout),
 			},
@@ -66,9 +67,13 @@ func farmPolicies(f *config.Farm, snap func(farm, plugin string) (*snapshot.Snap
 func PluginSpecs(c *config.Config) ([]host.PluginSpec, []host.FarmSpec) {
 	var plugins []host.PluginSpec
 	for _, p := range c.UsedPlugins() {
+		expiry := p.Expiry.Std()
+		if expiry == 0 {
+			expiry = -1 // no limit; the host takes 0 for its default
+		}
 		plugins = append(plugins, host.PluginSpec{
 			Name: p.Name, Command: p.Command, Config: p.Config, User: p.User, Checksum: p.Checksum,
-			StartTimeout: p.StartTimeout.Std(), Expiry: p.Expiry.Std(),
+			StartTimeout: p.StartTimeout.Std(), Expiry: expiry,
 		})
 	}
 	var farms []host.FarmSpec

@@ -5,6 +5,7 @@ package engine
 import (
 	"github.com/weirgate/weir/module/http1"
 	"github.com/weirgate/weir/module/packet"
+	"github.com/weirgate/weir/module/pool"
 	"github.com/weirgate/weir/module/splice"
 )
 
@@ -95,10 +96,12 @@ func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
 		}
 	}
 	opt, ok := options(0), false
+	octave := uint8(0)
 	if b := e.embryos.Get(key, e.seconds()); b != nil && b.IRS == isn && b.ISS == iss {
-		opt, ok = options(b.Options), true
+		opt, ok, octave = options(b.Options), true, b.Octave
 	} else {
 		opt, ok = e.opt.Handshake.Validate(key, isn, iss, e.now)
+		octave = pool.Octave(e.opt.Handshake.RTT(key, isn, e.now))
 	}
 	f := e.db.ByVIP(key.Dst)
 	if !ok || f == nil || e.stopping {
@@ -120,7 +123,10 @@ func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
 			return 0
 		}
 		if e.embryos.Get(key, e.seconds()) == nil {
-			e.embryos.Put(flowBrief(key, isn, iss, opt), e.seconds())
+			b := flowBrief(key, isn, iss, opt)
+			b.Octave = octave
+			e.embryos.Put(b, e.seconds())
+			e.armSweep()
 		}
 		return 0
 	}
@@ -134,7 +140,7 @@ func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
 	e.embryos.Remove(key)
 	c := e.clients.At(r)
 	*c = splice.Client{
-		State: splice.ClientHead, Scale: opt.scale(), Farm: f.ID, MSS: opt.mss(),
+		State: splice.ClientHead, Scale: opt.scale(), Farm: f.ID, MSS: opt.mss(), Octave: octave,
 		IRS: isn, ISS: iss, RcvNxt: isn.Add(1), RcvAcked: isn.Add(1),
 		SndUna: iss.Add(1), SndNxt: iss.Add(1),
 		Started: e.now, Last: e.now,

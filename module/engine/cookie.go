@@ -144,7 +144,12 @@ type Handshake struct {
 	Ignored  atomic.Uint64
 
 	seen [cookieSlots]generation
+	// sent remembers when a SYN was answered, for the round-trip time: lossy,
+	// one word per bucket, tag and time in 16 microseconds.
+	sent [rttBuckets]atomic.Uint64
 }
+
+const rttBuckets = 1 << 14
 
 const bitmapWords = 1 << 15 // 2 Mi bits per generation
 
@@ -193,6 +198,8 @@ func (h *Handshake) SYN(now int64, b []byte, st packet.ChecksumState, out *Outpu
 	if g.bits[word].Load()&(1<<bit) == 0 {
 		g.bits[word].Or(1 << bit)
 	}
+	v := t.Hash(uint64(isn))
+	h.sent[v%rttBuckets].Store(v&^0xffffffff | uint64(uint32(now>>14)))
 	mss := h.MSS4
 	if p.V6() {
 		mss = h.MSS6
@@ -209,6 +216,17 @@ func (h *Handshake) SYN(now int64, b []byte, st packet.ChecksumState, out *Outpu
 		Options: packet.AppendSYNOptions(ob[:0], o),
 	}, nil)
 	h.Answered.Add(1)
+}
+
+// RTT is the time since the SYN of this tuple and ISN was answered, in
+// nanoseconds with 16 microseconds' grain, or 0 when it is not known any more.
+func (h *Handshake) RTT(t *packet.Tuple, isn packet.Seq, now int64) int64 {
+	v := t.Hash(uint64(isn))
+	w := h.sent[v%rttBuckets].Load()
+	if w&^0xffffffff != v&^0xffffffff {
+		return 0
+	}
+	return int64(uint32(now>>14)-uint32(w)) << 14
 }
 
 // Validate says whether a segment with these numbers answers a SYN-ACK of

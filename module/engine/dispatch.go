@@ -72,7 +72,7 @@ func (e *Engine) request(r splice.Ref, c *splice.Client, d *side, p *packet.TCP,
 // wait for capacity.
 func (e *Engine) dispatch(r splice.Ref, c *splice.Client, p *packet.TCP, ev *Event) bool {
 	f := e.db.FarmByID(c.Farm)
-	if f == nil {
+	if f == nil || f.Removed {
 		e.answer(r, c, reply{status: 503, retry: 1, close: true})
 		return true
 	}
@@ -86,9 +86,17 @@ func (e *Engine) dispatch(r splice.Ref, c *splice.Client, p *packet.TCP, ev *Eve
 		Method: h.MethodSpan.Of(d.held), Host: h.Host.Of(d.held), Path: h.Path.Of(d.held),
 		Client: e.clients.Key(r).Src.Addr, Now: e.now,
 	}
-	choice := f.Selector.Load().Choose(&req, f.Lives, &d.tried, e.random(), &e.scratch)
+	sel := f.Selector.Load()
+	class := pool.ClassOf(c.MSS, c.Flags&splice.ClientSACK != 0)
+	tried := &d.tried
+	full := false
+again:
+	choice := sel.Choose(&req, f.Lives, tried, e.random(), &e.scratch)
 	switch choice.Kind {
 	case snapshot.ChoiceReject:
+		if full {
+			return e.wait(r, c, f)
+		}
 		if d.why != ReasonNone {
 			// Every server was tried: say what happened there.
 			e.giveUp(r, c, d)
@@ -103,8 +111,7 @@ func (e *Engine) dispatch(r splice.Ref, c *splice.Client, p *packet.TCP, ev *Eve
 		return e.wait(r, c, f)
 	}
 	sv := f.Servers[choice.Server]
-	class := pool.ClassOf(c.MSS, c.Flags&splice.ClientSACK != 0)
-	if s := e.idle.Take(sv.ID, class); s != 0 {
+	if s := e.idle.Take(sv.ID, class, c.Octave); s != 0 {
 		sv.Live.Idle.Add(-1)
 		f.Stats.Reused.Add(1)
 		sv.Stats.Reused.Add(1)
@@ -117,8 +124,15 @@ func (e *Engine) dispatch(r splice.Ref, c *splice.Client, p *packet.TCP, ev *Eve
 	}
 	s, why := e.open(f, sv, class)
 	if s == 0 {
+		// No capacity there: the policies may allow another server.
 		e.Count.add(why)
-		return e.wait(r, c, f)
+		if !full {
+			full = true
+			e.skip = d.tried
+			tried = &e.skip
+		}
+		tried.Set(int(choice.Server))
+		goto again
 	}
 	e.leaveLine(c, f)
 	c.Attempts++
@@ -158,11 +172,14 @@ func (e *Engine) wait(r splice.Ref, c *splice.Client, f *farm.Farm) bool {
 		l = &line{}
 		e.waits[f.ID] = l
 	}
-	if f.Pool.MaxWaiting > 0 && l.n >= int(f.Pool.MaxWaiting) {
+	if f.Pool.MaxWaiting > 0 && f.Stats.Waiting.Load() >= f.Pool.MaxWaiting {
 		e.Count.add(ReasonWaitingFull)
+		f.Stats.WaitRefused.Add(1)
 		e.answer(r, c, reply{status: 503, retry: 1})
 		return true
 	}
+	f.Stats.Waited.Add(1)
+	f.Stats.Waiting.Add(1)
 	c.Flags |= splice.ClientWaiting
 	c.Waits = e.now + f.Pool.WaitTimeout
 	e.Count.add(ReasonWaited)
@@ -179,6 +196,7 @@ func (e *Engine) wait(r splice.Ref, c *splice.Client, f *farm.Farm) bool {
 func (e *Engine) leaveLine(c *splice.Client, f *farm.Farm) {
 	if c.Flags&splice.ClientWaiting != 0 {
 		c.Flags &^= splice.ClientWaiting
+		f.Stats.Waiting.Add(-1)
 		if l := e.waits[f.ID]; l != nil {
 			l.n--
 		}
@@ -191,18 +209,33 @@ func (e *Engine) wakeFarm(id uint16) {
 	if l == nil {
 		return
 	}
-	for l.head < len(l.refs) {
-		r := l.refs[l.head]
+	// Those behind may want another server than the first one, so a few are
+	// asked; who cannot move keeps his place.
+	stuck := 0
+	for i := l.head; i < len(l.refs) && stuck < maxStuck; i++ {
+		r := l.refs[i]
+		if r == 0 {
+			continue
+		}
 		if e.clients.Live(r) {
 			c := e.clients.At(r)
 			if c.Flags&splice.ClientWaiting != 0 && c.Farm == id && c.State == splice.ClientBinding && !e.dispatch(r, c, nil, nil) {
-				return
+				stuck++
+				continue
 			}
 		}
+		l.refs[i] = 0
+	}
+	for l.head < len(l.refs) && l.refs[l.head] == 0 {
 		l.head++
 	}
-	l.refs, l.head = l.refs[:0], 0
+	if l.head == len(l.refs) {
+		l.refs, l.head = l.refs[:0], 0
+	}
 }
+
+// maxStuck bounds how many waiting requests are tried in vain at once.
+const maxStuck = 16
 
 // bind starts an epoch: the request goes to the server connection s (FIG 3
 // step 310, FIG 7 step 708). If p is the packet under verdict and holds all of
@@ -218,6 +251,7 @@ func (e *Engine) bind(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Se
 	v.Resp.Reset(c.Method)
 	v.Last = e.now
 	v.Drained = 0
+	v.Octave = c.Octave
 	c.State = splice.ClientSpliced
 	c.Due = 0
 	c.Tries = 0

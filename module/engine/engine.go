@@ -53,11 +53,12 @@ type Kind uint8
 
 // The kinds of events.
 const (
-	Packet Kind = iota // a TCP packet to a VIP or to a SNIP port
-	ICMP               // an ICMP error to a VIP or a SNIP
-	Tick               // time has passed
-	Stop               // begin to stop: nothing new, running responses finish
-	Abort              // stop at once: reset what still runs
+	Packet  Kind = iota // a TCP packet to a VIP or to a SNIP port
+	ICMP                // an ICMP error to a VIP or a SNIP
+	Tick                // time has passed
+	Stop                // begin to stop: nothing new, running responses finish
+	Abort               // stop at once: reset what still runs
+	Relieve             // another shard wants a connection, or gave one back
 )
 
 // Event is the input of a Step. The packet fields are in and out.
@@ -74,12 +75,16 @@ type Event struct {
 // Output collects the packets that a batch of steps emits. Its memory is used
 // again after Reset.
 type Output struct {
+	// Relieve asks for a Step of that kind in all other shards. Reset clears
+	// it.
+	Relieve bool
+
 	buf  []byte
 	ends []int
 }
 
 // Reset forgets the packets.
-func (o *Output) Reset() { o.buf, o.ends = o.buf[:0], o.ends[:0] }
+func (o *Output) Reset() { o.buf, o.ends, o.Relieve = o.buf[:0], o.ends[:0], false }
 
 // Len is the number of packets.
 func (o *Output) Len() int { return len(o.ends) }
@@ -119,6 +124,9 @@ type Options struct {
 	// ShareSNIP is source.shared: a packet to a port that the engine does not
 	// hold belongs to somebody else on this host.
 	ShareSNIP bool
+	// Shard and Shards tell the engine which part of a farm-wide number is
+	// its own.
+	Shard, Shards int
 }
 
 // Engine is one shard.
@@ -140,10 +148,13 @@ type Engine struct {
 	owed     splice.Ref // a server connection to which an ACK is owed at the end of this step
 	wakes    []uint16   // farms whose waiting line may move
 	scratch  snapshot.Scratch
-	opts     [40]byte // option bytes of a crafted segment
-	rstSlot  int64    // rate limit of stateless resets: second
+	skip     snapshot.Tried // servers without capacity for the request at hand
+	opts     [40]byte       // option bytes of a crafted segment
+	rstSlot  int64          // rate limit of stateless resets: second
 	rstCount int
 	stopping bool
+	// preopening: the timer for min_idle is in order for the present database.
+	preopening bool
 
 	Count Counters
 }
@@ -165,19 +176,25 @@ func New(opt Options, db *farm.DB) *Engine {
 		waits:   map[uint16]*line{},
 		rnd:     mix(opt.Seed, 5),
 	}
-	e.wheel.init(opt.Clients + opt.Servers + 2)
+	e.wheel.init(opt.Clients + opt.Servers + 3)
 	return e
 }
 
 // SetDB replaces the database of farms. Established splices keep going: their
 // farms and servers are found by ID as long as the database knows them.
-func (e *Engine) SetDB(db *farm.DB) { e.db = db }
+func (e *Engine) SetDB(db *farm.DB) {
+	e.db = db
+	e.preopening = false // look again
+}
 
 // Step handles one event at the given time (nanoseconds, monotonic). It sets
 // ev.Verdict and ev.Data and appends crafted packets to out.
 func (e *Engine) Step(now int64, ev *Event, out *Output) {
 	e.now, e.out = now, out
 	ev.Verdict = Drop
+	if !e.preopening {
+		e.armPreopen()
+	}
 	e.advance()
 	switch ev.Kind {
 	case Packet:
@@ -188,6 +205,8 @@ func (e *Engine) Step(now int64, ev *Event, out *Output) {
 		e.stop()
 	case Abort:
 		e.abort()
+	case Relieve:
+		e.relieve()
 	}
 	for len(e.wakes) > 0 {
 		id := e.wakes[len(e.wakes)-1]

@@ -3,6 +3,7 @@
 package engine
 
 import (
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -468,4 +469,74 @@ func TestSteadyTranslationAllocatesNothing(t *testing.T) {
 			t.Errorf("%s: %v allocations", c.name, n)
 		}
 	}
+}
+
+// TestSurge: a burst opens no more than max_connecting connections at once;
+// those that wait find released ones.
+func TestSurge(t *testing.T) {
+	g := newRig(t, oneServer, keepIdle, func(s *farm.Spec) { s.Farms[0].Pool.MaxConnecting = 2 })
+	syns := 0
+	var clients []netip.AddrPort
+	for i := range 10 {
+		c := netip.AddrPortFrom(c1.Addr(), uint16(50000+i))
+		clients = append(clients, c)
+		seq, a := g.open(c, packet.Seq(100*i+1), packet.Seq(9000+i))
+		syns += len(g.client(c, seg{fl: ack | psh, seq: seq, ack: a, data: get("/", 50)}))
+	}
+	if syns != 2 {
+		t.Errorf("%d connections opened at once, want 2", syns)
+	}
+	if u := g.e.Usage(); u.Waiting != 8 {
+		t.Errorf("%d wait, want 8", u.Waiting)
+	}
+	_ = clients
+}
+
+// TestMinIdle: connections are opened ahead and kept (FIG 7 step 702).
+func TestMinIdle(t *testing.T) {
+	g := newRig(t, oneServer, keepIdle, func(s *farm.Spec) { s.Farms[0].Pool.MinIdle = 3 })
+	g.iss = []packet.Seq{1000, 2000, 3000, 4000}
+	g.expect("at the start", g.wait(10*millisecond), "S1 SYN:1000,0(0)", "S1 SYN:2000,0(0)", "S1 SYN:3000,0(0)")
+	for i := range packet.Seq(3) {
+		g.server(s1, uint16(10240+i), seg{fl: syn | ack, seq: 499, ack: 1000*(i+1) + 1, opts: sackPermitted})
+	}
+	if u := g.e.Usage(); u.Idle != 3 {
+		t.Fatalf("%d idle, want 3", u.Idle)
+	}
+	g.expect("quiet", g.wait(second))
+	g.server(s1, 10240, seg{fl: rst | ack, seq: 500, ack: 1001})
+	g.expect("replaced", g.wait(200*millisecond), "S1 SYN:4000,0(0)")
+}
+
+// TestRelieve: two shards share a server that takes one connection. The shard
+// that has it idle gives it back when the other wants one.
+func TestRelieve(t *testing.T) {
+	one := func(s *farm.Spec) { s.Farms[0].Pool.MaxConnections = 1 }
+	a := newRig(t, oneServer, keepIdle, one)
+	a.e.opt.Shards = 2
+	a.iss = []packet.Seq{1999}
+	seq, ak := a.open(c1, 100, 9000)
+	a.client(c1, seg{fl: ack | psh, seq: seq, ack: ak, data: get("/", 50)})
+	a.server(s1, 10240, seg{fl: syn | ack, seq: 499, ack: 2000, opts: sackPermitted})
+	a.server(s1, 10240, seg{fl: ack | psh, seq: 500, ack: 2050, data: resp(100)})
+	a.client(c1, seg{fl: ack, seq: seq + 50, ack: ak + 100})
+
+	b := newRig(t)
+	b.e.opt.Shards, b.e.db, b.db, b.iss = 2, a.db, a.db, []packet.Seq{7999}
+	seq2, ak2 := b.open(c2, 200, 8000)
+	b.expect("waits", b.client(c2, seg{fl: ack | psh, seq: seq2, ack: ak2, data: get("/", 60)}))
+	if !b.out.Relieve {
+		t.Fatal("the shard does not say that it wants a connection")
+	}
+	relieve := func(g *rig) []string {
+		g.out.Reset()
+		g.e.Step(g.now, &Event{Kind: Relieve}, &g.out)
+		return g.collect(nil)
+	}
+	a.expect("given back", relieve(a), "S1 FIN:2050,600(0)")
+	a.server(s1, 10240, seg{fl: fin | ack, seq: 600, ack: 2051})
+	if !a.out.Relieve {
+		t.Fatal("the shard does not say that there is room")
+	}
+	b.expect("taken", relieve(b), "S1 SYN:7999,0(0)")
 }

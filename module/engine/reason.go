@@ -78,6 +78,8 @@ const (
 	ReasonWaitingFull
 	ReasonWaitTimeout
 	ReasonNoPort
+	ReasonSurge
+	ReasonPreopened
 	ReasonICMPTranslated
 	ReasonICMPForeign
 	reasonCount
@@ -94,7 +96,7 @@ var reasonNames = [reasonCount]string{
 	"idle-bytes", "isolated", "early-response", "ack-causality", "idle-timeout", "max-requests", "max-age", "max-idle",
 	"drain-limit", "server-gone",
 	"redispatch-proof", "redispatch-idempotent", "redispatch-connect",
-	"accepted", "retransmitted", "drained", "waited", "waiting-full", "wait-timeout", "no-port",
+	"accepted", "retransmitted", "drained", "waited", "waiting-full", "wait-timeout", "no-port", "surge", "preopened",
 	"icmp-translated", "icmp-foreign",
 }
 

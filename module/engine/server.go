@@ -92,11 +92,22 @@ func (e *Engine) fromServer(key *packet.Tuple, p *packet.TCP, ev *Event) {
 func (e *Engine) open(f *farm.Farm, sv *farm.Server, class pool.Class) (splice.Ref, Reason) {
 	if limit := int32(f.Pool.MaxConnections); sv.Stats.Open.Add(1) > limit && limit > 0 {
 		sv.Stats.Open.Add(-1)
-		// An idle connection of another class may make room.
+		// An idle connection of another class, or in another shard, may make
+		// room.
 		if old := e.idle.Oldest(sv.ID); old != 0 {
 			e.closeServer(old, e.servers.At(old), ReasonMaxIdle)
+		} else if e.opt.Shards > 1 {
+			sv.Stats.Wanted.Store(true)
+			e.out.Relieve = true
 		}
 		return 0, ReasonWaited
+	}
+	// A burst must not open a connection per request: those that wait a round
+	// trip find released ones.
+	if limit := f.Pool.MaxConnecting; sv.Stats.Connecting.Add(1) > limit && limit > 0 {
+		sv.Stats.Connecting.Add(-1)
+		sv.Stats.Open.Add(-1)
+		return 0, ReasonSurge
 	}
 	var ports *pool.Ports
 	var port uint16
@@ -110,6 +121,7 @@ func (e *Engine) open(f *farm.Farm, sv *farm.Server, class pool.Class) (splice.R
 	}
 	if port == 0 {
 		sv.Stats.Open.Add(-1)
+		sv.Stats.Connecting.Add(-1)
 		return 0, ReasonNoPort
 	}
 	key := packet.Tuple{Src: sv.Endpoint, Dst: packet.Endpoint{Addr: ports.Addr, Port: port}}
@@ -117,6 +129,7 @@ func (e *Engine) open(f *farm.Farm, sv *farm.Server, class pool.Class) (splice.R
 	if s == 0 {
 		ports.Put(port, e.now, true)
 		sv.Stats.Open.Add(-1)
+		sv.Stats.Connecting.Add(-1)
 		return 0, ReasonTableFull
 	}
 	v := e.servers.At(s)
@@ -190,6 +203,12 @@ func (e *Engine) connecting(s splice.Ref, v *splice.Server, p *packet.TCP) {
 		}
 		v.Tries, v.Due = 0, 0
 		v.Last = e.now
+		v.State = splice.ServerIdle // until it is bound
+		if sv := e.db.Server(v.ID); sv != nil {
+			sv.Stats.Connecting.Add(-1)
+			sv.Stats.Established.Add(1)
+		}
+		e.wake(v.Farm)
 		e.ackServer(s, v)
 		if r := v.Cli; r != 0 {
 			c := e.clients.At(r)
@@ -461,7 +480,7 @@ func (e *Engine) toPool(s splice.Ref, v *splice.Server) {
 	v.Idle = e.now
 	v.Due = 0
 	v.RcvHigh = v.RcvNxt
-	e.idle.Put(v.ID, pool.Class(v.Class), s)
+	e.idle.Put(v.ID, pool.Class(v.Class), v.Octave, s)
 	if sv := e.db.Server(v.ID); sv != nil {
 		sv.Live.Idle.Add(1)
 	}
@@ -584,6 +603,12 @@ func (e *Engine) removeServer(s splice.Ref, v *splice.Server, rested bool) {
 	}
 	if sv := e.db.Server(v.ID); sv != nil {
 		sv.Stats.Open.Add(-1)
+		if v.State == splice.ServerConnecting {
+			sv.Stats.Connecting.Add(-1)
+		}
+		if e.opt.Shards > 1 && e.out != nil {
+			e.out.Relieve = e.out.Relieve || sv.Farm.Stats.Waiting.Load() > 0
+		}
 	}
 	if e.owed == s {
 		e.owed = 0

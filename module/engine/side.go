@@ -25,10 +25,10 @@ type side struct {
 	// answer is the engine's own response.
 	answer []byte
 
-	req   http1.RequestHead // scanner, then result
-	scanned int // bytes of held that req has consumed
+	req     http1.RequestHead // scanner, then result
+	scanned int               // bytes of held that req has consumed
 	tried   snapshot.Tried
-	why   Reason // why the last attempt failed
+	why     Reason // why the last attempt failed
 }
 
 // maxKeptBuffer bounds what a free side keeps of its buffers, bytes.

@@ -113,6 +113,8 @@ func (e *Engine) advance() {
 			return
 		}
 		switch {
+		case id == e.preopenTimer():
+			e.preopen()
 		case id == e.sweepTimer():
 			e.tombs.Expire(e.seconds())
 			e.embryos.Expire(e.seconds())

@@ -15,6 +15,7 @@ type Brief struct {
 	Key      packet.Tuple
 	IRS, ISS packet.Seq
 	Options  uint8 // cookie option bits of an embryo
+	Octave   uint8 // of an embryo's round-trip time
 	dead     bool
 	next     uint32 // chain of the same bucket
 	born     uint32 // seconds of the engine's clock

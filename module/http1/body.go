@@ -6,7 +6,8 @@ import "math"
 
 // States of Body.
 const (
-	bdData         uint8 = iota // in data of known length
+	bdDone         uint8 = iota // after the last byte, or there is none
+	bdData                      // in data of known length
 	bdDataCR                    // after the data of a chunk
 	bdDataLF                    // after the CR that ends it
 	bdSizeStart                 // at the first digit of a chunk size
@@ -25,7 +26,6 @@ const (
 	bdTrailerLF                 // after its CR
 	bdEndLF                     // after the CR of the empty line
 	bdUntilClose
-	bdDone
 	bdBad
 )
 
@@ -33,8 +33,8 @@ const (
 const maxChunk = 1 << 62
 
 // Body is the cursor through one message body, of a request or a response. It is
-// flat, may be copied at any moment and resumed elsewhere. The zero value is a
-// body of unknown kind: call Start first.
+// flat, may be copied at any moment and resumed elsewhere. The zero value is an
+// empty body.
 type Body struct {
 	// Kind is what Start was given.
 	Kind BodyKind
@@ -54,16 +54,13 @@ func (b *Body) Start(kind BodyKind, length uint64) {
 	*b = Body{Kind: kind}
 	switch kind {
 	case BodyLength:
-		b.left = length
-		if length == 0 {
-			b.state = bdDone
+		if length != 0 {
+			b.state, b.left = bdData, length
 		}
 	case BodyChunked:
 		b.state = bdSizeStart
 	case BodyUntilClose:
 		b.state = bdUntilClose
-	default:
-		b.state = bdDone
 	}
 }
 
@@ -145,9 +142,7 @@ func (b *Body) Next(p []byte, lim *Limits) (n int, framing bool, st Status) {
 		return len(p), false, More
 	case bdData:
 		k := min(uint64(len(p)), b.left)
-		if k != 0 {
-			b.data(k)
-		}
+		b.data(k)
 		st = More
 		if b.state == bdDone {
 			st = Done
@@ -337,7 +332,7 @@ func (b *Body) extension(c byte) Reason {
 			next = bdExtEnd
 		case c == '\\':
 			next = bdExtEscape
-		case is(c, clQuoted):
+		case is(c, clValue):
 			next = bdExtQuoted
 		}
 	case bdExtEscape:

@@ -115,6 +115,9 @@ func TestCountedBody(t *testing.T) {
 func TestOtherBodies(t *testing.T) {
 	lim := DefaultLimits()
 	var b Body
+	if n, st := b.Feed([]byte("x"), &lim); n != 0 || st != Done {
+		t.Errorf("zero value: %d %v", n, st)
+	}
 	b.Start(BodyNone, 7)
 	if n, st := b.Feed([]byte("x"), &lim); n != 0 || st != Done || !b.Complete() || b.Known() != 0 {
 		t.Errorf("none: %d %v", n, st)

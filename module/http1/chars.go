@@ -16,7 +16,6 @@ const (
 	clHost                     // reg-name without pct-encoded, RFC 3986 section 3.2.2
 	clHex                      // hexadecimal digit
 	clAlnum                    // letter or digit
-	clQuoted                   // qdtext, RFC 9110 section 5.6.4
 )
 
 var class = func() (t [256]uint8) {
@@ -47,9 +46,6 @@ var class = func() (t [256]uint8) {
 		}
 		if vchar || c >= 0x80 || c == ' ' || c == '\t' {
 			t[c] |= clValue
-			if c != '"' && c != '\\' {
-				t[c] |= clQuoted
-			}
 		}
 		in(c, "!#$%&'*+-.^_`|~", clToken)
 		in(c, "-_", clMethod)

@@ -153,6 +153,8 @@ var requestCases = []struct {
 	{"Host IPv6 zone", line + "Host: [fe80::1%25a]\r\n\r\n", Reject, ReasonInvalidHost},
 	{"Host empty literal", line + "Host: []\r\n\r\n", Reject, ReasonInvalidHost},
 	{"Host bare IPv6", line + "Host: ::1\r\n\r\n", Reject, ReasonInvalidHost},
+	{"Host padded port", line + "Host: a:" + strings.Repeat("0", 259) + "\r\n\r\n", Accept, 0},
+	{"Host long port", line + "Host: a:" + strings.Repeat("0", 260) + "\r\n\r\n", Reject, ReasonInvalidHost},
 	{"Host 255", line + "Host: " + strings.Repeat("a", 255) + "\r\n\r\n", Accept, 0},
 	{"Host 256", line + "Host: " + strings.Repeat("a", 256) + "\r\n\r\n", Reject, ReasonInvalidHost},
 

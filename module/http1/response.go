@@ -18,7 +18,7 @@ const (
 
 // ResponseHead scans one response head, interim or final. Its bytes are
 // forwarded as they pass; nobody keeps them. Call Reset before the first byte of
-// each head. It is flat, may be copied at any moment and resumed elsewhere.
+// each response, and Again after each interim head. It is flat, may be copied at any moment and resumed elsewhere.
 //
 // A response is never refused for its fields, since the client is its judge too.
 // Where its framing is in doubt, the scan ends at once with Done, Isolate and
@@ -60,6 +60,17 @@ type ResponseHead struct {
 
 // Reset makes ready for the head of a response to a request with that method.
 func (h *ResponseHead) Reset(req Method) { *h = ResponseHead{method: req} }
+
+// Again makes ready for the next head of the same response, after an interim
+// one. What that one said against reuse stays said: Isolate with its reason, and
+// ConnAuth.
+func (h *ResponseHead) Again() {
+	next := ResponseHead{method: h.method, ConnAuth: h.ConnAuth}
+	if h.Outcome == Isolate {
+		next.Outcome, next.Reason = h.Outcome, h.Reason
+	}
+	*h = next
+}
 
 // Interim reports whether the head is that of a 1xx response other than 101, so
 // that another head follows (RFC 9110 section 15.2).
@@ -204,7 +215,7 @@ func (h *ResponseHead) finish() {
 	h.Close = f&sawClose != 0
 	h.KeepAlive = f&sawKeepAlive != 0
 	h.Upgrade = f&sawUpgrade != 0
-	h.ConnAuth = f&sawConnAuth != 0
+	h.ConnAuth = h.ConnAuth || f&sawConnAuth != 0
 	h.KeepAliveTimeout = uint32(h.fields.kaTimeout)
 	h.KeepAliveMax = uint32(h.fields.kaMax)
 	encoded := f&sawTransferEncoding != 0
@@ -270,7 +281,3 @@ func (h *ResponseHead) finish() {
 		h.isolate(ReasonServerCloses)
 	}
 }
-
-// Again makes ready for the head that follows an interim one, for the same
-// request.
-func (h *ResponseHead) Again() { h.Reset(h.method) }

@@ -164,8 +164,8 @@ func TestResponseInterim(t *testing.T) {
 	msg := []byte(strings.Repeat("HTTP/1.1 102 Processing\r\n\r\n", 100) + ok200 + "Content-Length: 0\r\n\r\n")
 	heads := 0
 	var h ResponseHead
+	h.Reset(POST)
 	for {
-		h.Reset(POST)
 		n, st := h.Scan(msg, &lim)
 		if st != Done || h.Outcome != Accept {
 			t.Fatalf("head %d: %v %v", heads, st, h.Reason)
@@ -175,9 +175,45 @@ func TestResponseInterim(t *testing.T) {
 		if !h.Interim() {
 			break
 		}
+		h.Again()
 	}
 	if heads != 101 || len(msg) != 0 || h.Status != 200 {
 		t.Errorf("%d heads, %d bytes left, status %d", heads, len(msg), h.Status)
+	}
+}
+
+// An interim head that speaks against reuse does so for the whole response.
+func TestResponseAgain(t *testing.T) {
+	lim := DefaultLimits()
+	for _, c := range []struct {
+		interim string
+		want    Outcome
+		auth    bool
+	}{
+		{"", Accept, false},
+		{"Connection: close\r\n", Isolate, false},
+		{"Content-Length: 00\r\n", Isolate, false},
+		{"WWW-Authenticate: NTLM\r\n", Accept, true},
+	} {
+		var h ResponseHead
+		h.Reset(HEAD)
+		if _, st := h.Scan([]byte("HTTP/1.1 103 x\r\n"+c.interim+"\r\n"), &lim); st != Done || !h.Interim() || h.Outcome != c.want {
+			t.Fatalf("%q: %v %v %v", c.interim, st, h.Outcome, h.Reason)
+		}
+		why := h.Reason
+		h.Again()
+		_, st := h.Scan([]byte(ok200+"Content-Length: 5\r\n\r\n"), &lim)
+		if st != Done || h.Interim() || h.Outcome != c.want || h.Reason != why || h.ConnAuth != c.auth || h.Body != BodyNone || h.Status != 200 {
+			t.Errorf("%q: %v %+v", c.interim, st, h.bare())
+		}
+	}
+	// A final head's own doubt comes before.
+	var h ResponseHead
+	h.Reset(GET)
+	h.Scan([]byte("HTTP/1.1 100 x\r\nConnection: close\r\n\r\n"), &lim)
+	h.Again()
+	if h.Scan([]byte(ok200+"\r\n"), &lim); h.Body != BodyUntilClose || h.Reason != ReasonNoLength {
+		t.Errorf("%+v", h.bare())
 	}
 }
 

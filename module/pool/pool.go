@@ -9,6 +9,8 @@
 package pool
 
 import (
+	"math/bits"
+
 	"github.com/weirgate/weir/module/splice"
 )
 
@@ -82,7 +84,22 @@ type list struct {
 type link struct {
 	prev, next splice.Ref
 	list       int32 // index into heads plus one, 0 = not idle
+	octave     uint8 // round-trip time of the last client, see Octave
 }
+
+// Octave classes a round-trip time, nanoseconds: clients of one octave leave a
+// connection's congestion window in a state that suits the next one (SPLICING,
+// inherited congestion state). 0 is unknown.
+func Octave(rtt int64) uint8 {
+	if rtt <= 0 {
+		return 0
+	}
+	return uint8(max(bits.Len64(uint64(rtt)>>18), 1)) // everything below half a millisecond is alike
+}
+
+// similar bounds how many idle connections are looked at for one of the same
+// octave.
+const similar = 8
 
 // New makes a pool for references up to capacity.
 func New(capacity int) *Pool {
@@ -92,14 +109,15 @@ func New(capacity int) *Pool {
 // Len is the number of idle connections.
 func (p *Pool) Len() int { return p.n }
 
-// Put adds an idle connection as the most recently used one.
-func (p *Pool) Put(server uint16, class Class, r splice.Ref) {
+// Put adds an idle connection as the most recently used one. octave is that of
+// its last client.
+func (p *Pool) Put(server uint16, class Class, octave uint8, r splice.Ref) {
 	i := int(server)*Classes + int(class)
 	for len(p.heads) <= i {
 		p.heads = append(p.heads, list{})
 	}
 	l := &p.heads[i]
-	p.links[r] = link{next: l.first, list: int32(i + 1)}
+	p.links[r] = link{next: l.first, list: int32(i + 1), octave: octave}
 	if l.first != 0 {
 		p.links[l.first].prev = r
 	} else {
@@ -111,15 +129,25 @@ func (p *Pool) Put(server uint16, class Class, r splice.Ref) {
 }
 
 // Take removes and returns an idle connection of the server that fits the
-// class, or 0.
-func (p *Pool) Take(server uint16, want Class) splice.Ref {
+// class, or 0: the most recently used one, but among the first few one whose
+// last client had a round-trip time like this one's.
+func (p *Pool) Take(server uint16, want Class, octave uint8) splice.Ref {
 	for _, c := range fallbacks[want] {
 		i := int(server)*Classes + int(c)
-		if i < len(p.heads) && p.heads[i].first != 0 {
-			r := p.heads[i].first
-			p.Remove(r)
-			return r
+		if i >= len(p.heads) || p.heads[i].first == 0 {
+			continue
 		}
+		r := p.heads[i].first
+		if octave != 0 {
+			for s, n := r, 0; s != 0 && n < similar; s, n = p.links[s].next, n+1 {
+				if p.links[s].octave == octave {
+					r = s
+					break
+				}
+			}
+		}
+		p.Remove(r)
+		return r
 	}
 	return 0
 }

@@ -95,15 +95,16 @@ type Client struct {
 	ReqEnd  packet.Seq // end of the present request (ClientReqEndKnown)
 	ReqBody http1.Body // cursor through the request's body, at RcvNxt
 
-	Attempts  uint8 // dispatches of the present request
-	Tries     uint8 // retransmissions of what is ours
+	Octave    uint8      // of the round-trip time, see pool.Octave
+	Attempts  uint8      // dispatches of the present request
+	Tries     uint8      // retransmissions of what is ours
 	AnswerSeq packet.Seq // first byte of our own answer
-	Started   int64 // present request's first byte, or the moment of idleness
-	Last      int64 // last packet of either side
-	Due       int64 // when something must happen, 0 = nothing special
-	CloseBy   int64 // closing or lingering ends
-	Waits     int64 // stands in the waiting line until
-	LastACK   int64 // last rate-limited ACK
+	Started   int64      // present request's first byte, or the moment of idleness
+	Last      int64      // last packet of either side
+	Due       int64      // when something must happen, 0 = nothing special
+	CloseBy   int64      // closing or lingering ends
+	Waits     int64      // stands in the waiting line until
+	LastACK   int64      // last rate-limited ACK
 }
 
 // ServerFlags are facts about a server connection.
@@ -133,6 +134,7 @@ type Server struct {
 	ID     uint16 // farm.Server.ID
 	MSS    uint16 // largest payload toward the server, bytes
 	Reason uint8  // why it will not be reused, engine.Reason
+	Octave uint8  // of the last client
 
 	ISS, IRS packet.Seq
 	SndUna   packet.Seq // highest acknowledgment from the server
