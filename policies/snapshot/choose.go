@@ -1,0 +1,320 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package snapshot
+
+import "math/bits"
+
+// Scratch is the working memory of Choose. Its owner (a shard) keeps one and
+// lends it to each call; nothing in it lives from one call to the next.
+type Scratch struct {
+	cand   [MaxServers / 64]uint64
+	saved  [MaxServers / 64]uint64
+	levels [maxLevels]uint32
+	host   [maxHost]byte
+	scored [MaxPolicies]uint8 // the policies whose scores count
+	nscore int
+	list   [MaxServers]uint16
+	sum    [MaxServers]float64
+}
+
+// fewServers is the size up to which a set is listed with the state of each
+// server. In a larger one the draw picks a member and looks at that one alone.
+const fewServers = 32
+
+// drawTries is how often a draw from a large set may hit a server that is not
+// ready, or is turned down for its small weight, before the set is listed.
+const drawTries = 16
+
+// Choose picks the server for a request, or says what to answer instead.
+//
+// The candidates are the servers in state Ready that were not tried. Each
+// policy in the farm's order narrows them or multiplies their weights. Of the
+// candidates left, backup servers count only when no other is there. Then two
+// are drawn with replacement in proportion to weight × Π score, and the one
+// with the smaller (active + waiting + 1) / weight is taken; of equals the one
+// with an idle connection, else the first drawn.
+//
+// live has one entry for each server of the farm, by number; tried may be nil;
+// rnd is one random number, from which the same choice follows every time. It
+// neither allocates nor locks. It takes time in proportion to the servers only
+// where large sets have few ready servers.
+func (s *Selector) Choose(r *Request, live []*Live, tried *Tried, rnd uint64, sc *Scratch) Choice {
+	return s.choose(r, live, tried, rnd, sc, nil)
+}
+
+// choose is Choose with an optional recorder, whose methods do nothing on nil.
+func (s *Selector) choose(r *Request, live []*Live, tried *Tried, rnd uint64, sc *Scratch, rec *recorder) Choice {
+	cand := sc.cand[:s.words]
+	copy(cand, s.all)
+	if tried != nil {
+		for i := range cand {
+			cand[i] &^= tried[i]
+		}
+	}
+	// Without any candidate the policies are still asked: a route that
+	// redirects or rejects needs no server.
+	alive := anyReady(cand, live)
+	rec.start(s, live, tried, cand)
+	sc.nscore = 0
+	for i := range s.policies {
+		p := &s.policies[i]
+		if p.pending {
+			rec.pending(p)
+			return Choice{Kind: ChoiceReject, Reason: ReasonRoutesPending, Policy: uint8(i), Status: 503, RetryAfter: RetryAfter}
+		}
+		if p.routes != nil {
+			v := p.routes.find(r, sc)
+			if v < 0 {
+				rec.noRoute(p)
+				switch p.onEmpty {
+				case OnEmptyWait:
+					return Choice{Kind: ChoiceWait, Reason: ReasonNoRoute, Policy: uint8(i)}
+				case OnEmptyIgnore:
+				default:
+					return Choice{Kind: ChoiceReject, Reason: ReasonNoRoute, Policy: uint8(i), Status: 404}
+				}
+			} else {
+				t := &p.routes.targets[v]
+				rec.route(p, t)
+				switch t.kind {
+				case ChoiceReject:
+					return Choice{Kind: ChoiceReject, Reason: ReasonRouteReject, Policy: uint8(i), Status: t.status, RetryAfter: t.retry}
+				case ChoiceRedirect:
+					return Choice{Kind: ChoiceRedirect, Reason: ReasonRouteRedirect, Policy: uint8(i), Status: t.status, Location: t.location}
+				}
+				if !s.narrow(sc, p.routes.sets[t.set:t.set+s.words], live, alive) {
+					rec.emptied(p)
+					if c, done := onEmpty(p, i, ReasonRouteEmpty); done {
+						return c
+					}
+					copy(cand, sc.saved[:s.words])
+				}
+				rec.left(p, cand, live)
+			}
+		}
+		if (p.eligible == nil && p.scores == nil) || (p.expires != 0 && r.Now >= p.expires) {
+			rec.expired(p)
+			continue
+		}
+		if p.eligible != nil {
+			rec.eligibility(p, cand)
+			if !s.narrow(sc, p.eligible, live, alive) {
+				rec.emptied(p)
+				if c, done := onEmpty(p, i, ReasonNotEligible); done {
+					return c
+				}
+				copy(cand, sc.saved[:s.words])
+			}
+			rec.left(p, cand, live)
+		}
+		if p.scores != nil {
+			sc.scored[sc.nscore] = uint8(i)
+			sc.nscore++
+			rec.scores(p, cand)
+		}
+	}
+	if !alive {
+		rec.noServer()
+		return Choice{Kind: ChoiceReject, Reason: ReasonNoServer, Policy: NoPolicy, Status: 503, RetryAfter: RetryAfter}
+	}
+	s.preferPrimary(sc, live, rec)
+	return s.pick(sc, live, rnd, rec)
+}
+
+// narrow intersects the candidates with a set and keeps the old ones in saved.
+// It reports false when the set took the last ready candidate.
+func (s *Selector) narrow(sc *Scratch, set []uint64, live []*Live, alive bool) bool {
+	cand := sc.cand[:s.words]
+	copy(sc.saved[:s.words], cand)
+	for i := range cand {
+		cand[i] &= set[i]
+	}
+	return !alive || anyReady(cand, live)
+}
+
+// onEmpty is the answer of a policy that left no candidate; done is false where
+// it is to be ignored. What was asked for exists, so it is 503 and not 404.
+func onEmpty(p *policy, index int, why Reason) (c Choice, done bool) {
+	switch p.onEmpty {
+	case OnEmptyIgnore:
+		return Choice{}, false
+	case OnEmptyWait:
+		return Choice{Kind: ChoiceWait, Reason: why, Policy: uint8(index)}, true
+	}
+	return Choice{Kind: ChoiceReject, Reason: why, Policy: uint8(index), Status: 503, RetryAfter: RetryAfter}, true
+}
+
+// preferPrimary takes the backup servers out while another candidate is there.
+func (s *Selector) preferPrimary(sc *Scratch, live []*Live, rec *recorder) {
+	cand := sc.cand[:s.words]
+	some := false
+	for i := range cand {
+		sc.saved[i] = cand[i] &^ s.backup[i]
+		some = some || sc.saved[i] != cand[i]
+	}
+	if some && anyReady(sc.saved[:s.words], live) {
+		copy(cand, sc.saved[:s.words])
+		rec.noBackup(cand, live)
+	}
+}
+
+// pick draws twice among the candidates, at least one of which is ready, and
+// takes the less loaded.
+func (s *Selector) pick(sc *Scratch, live []*Live, rnd uint64, rec *recorder) Choice {
+	cand := sc.cand[:s.words]
+	n := count(cand)
+	var a, b int
+	listed := n <= fewServers
+	if !listed {
+		a, rnd = s.drawOne(sc, n, live, rnd)
+		b, rnd = s.drawOne(sc, n, live, rnd)
+		listed = a < 0 || b < 0
+	}
+	if listed {
+		n = s.list(sc, live)
+		if n == 0 {
+			// The last ready server left while we looked at it.
+			return Choice{Kind: ChoiceReject, Reason: ReasonNoServer, Policy: NoPolicy, Status: 503, RetryAfter: RetryAfter}
+		}
+		a, rnd = drawListed(sc, n, rnd)
+		b, _ = drawListed(sc, n, rnd)
+	}
+	take := a
+	if a != b && s.better(sc, b, a, live) {
+		take = b
+	}
+	rec.picked(s, sc, a, b, take, live)
+	return Choice{Kind: ChoiceServer, Reason: ReasonPicked, Policy: NoPolicy, Server: uint16(take), Candidates: uint16(n)}
+}
+
+// better reports whether server x is to be taken before y, which was drawn
+// first.
+func (s *Selector) better(sc *Scratch, x, y int, live []*Live) bool {
+	// Compared crosswise, without dividing: equal loads are exactly equal.
+	lx := load(live[x]) * s.weight(sc, y)
+	ly := load(live[y]) * s.weight(sc, x)
+	if lx != ly {
+		return lx < ly
+	}
+	return live[x].Idle.Load() > 0 && live[y].Idle.Load() <= 0
+}
+
+func load(l *Live) float64 {
+	return float64(max(l.Active.Load(), 0)) + float64(max(l.Waiting.Load(), 0)) + 1
+}
+
+// weight is the configured weight times the scores that count.
+func (s *Selector) weight(sc *Scratch, server int) float64 {
+	w := s.weights[server]
+	for _, p := range sc.scored[:sc.nscore] {
+		w *= s.policies[p].scores[server]
+	}
+	return w
+}
+
+// list writes the ready candidates and the running sum of their weights, and
+// returns how many there are.
+func (s *Selector) list(sc *Scratch, live []*Live) int {
+	n, sum := 0, 0.0
+	for i, word := range sc.cand[:s.words] {
+		for ; word != 0; word &= word - 1 {
+			server := i<<6 + bits.TrailingZeros64(word)
+			if !ready(live[server]) {
+				continue
+			}
+			sum += s.weight(sc, server)
+			sc.list[n], sc.sum[n] = uint16(server), sum
+			n++
+		}
+	}
+	return n
+}
+
+// drawListed draws one of the n listed servers in proportion to weight.
+func drawListed(sc *Scratch, n int, rnd uint64) (server int, next uint64) {
+	rnd, x := random(rnd)
+	at := unit(x) * sc.sum[n-1]
+	lo, hi := 0, n-1 // the first whose sum is above at
+	for lo < hi {
+		if mid := (lo + hi) / 2; sc.sum[mid] > at {
+			hi = mid
+		} else {
+			lo = mid + 1
+		}
+	}
+	return int(sc.list[lo]), rnd
+}
+
+// drawOne draws from a large set by rejection: any member with equal chance,
+// turned down if it is not ready or, in proportion, for a weight below the
+// greatest. What comes through has the same distribution as a draw from the
+// list; -1 says that nothing came through.
+func (s *Selector) drawOne(sc *Scratch, n int, live []*Live, rnd uint64) (server int, next uint64) {
+	top := s.maxWeight
+	for _, p := range sc.scored[:sc.nscore] {
+		top *= s.policies[p].maxScore
+	}
+	var x uint64
+	for range drawTries {
+		rnd, x = random(rnd)
+		server = nth(sc.cand[:s.words], int(x>>32*uint64(n)>>32))
+		if !ready(live[server]) {
+			continue
+		}
+		if w := s.weight(sc, server); w < top {
+			rnd, x = random(rnd)
+			if unit(x)*top >= w {
+				continue
+			}
+		}
+		return server, rnd
+	}
+	return -1, rnd
+}
+
+// random is splitmix64: a state and a number from it.
+func random(state uint64) (next, x uint64) {
+	state += 0x9e3779b97f4a7c15
+	x = (state ^ state>>30) * 0xbf58476d1ce4e5b9
+	x = (x ^ x>>27) * 0x94d049bb133111eb
+	return state, x ^ x>>31
+}
+
+// unit maps a random number to [0, 1).
+func unit(x uint64) float64 { return float64(x>>11) / (1 << 53) }
+
+func ready(l *Live) bool { return State(l.State.Load()) == Ready }
+
+func anyReady(set []uint64, live []*Live) bool {
+	for i, word := range set {
+		for ; word != 0; word &= word - 1 {
+			if ready(live[i<<6+bits.TrailingZeros64(word)]) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+func count(set []uint64) int {
+	n := 0
+	for _, word := range set {
+		n += bits.OnesCount64(word)
+	}
+	return n
+}
+
+// nth returns the k-th member of the set, counted from 0.
+func nth(set []uint64, k int) int {
+	for i, word := range set {
+		if n := bits.OnesCount64(word); k >= n {
+			k -= n
+			continue
+		}
+		for ; k > 0; k-- {
+			word &= word - 1
+		}
+		return i<<6 + bits.TrailingZeros64(word)
+	}
+	return -1
+}
