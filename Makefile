@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# Only what needs root runs as root: under sudo, everything that compiles or
+# fetches modules runs as the user who called sudo (internal/build/env.sh).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := build
+.NOTPARALLEL:
+
+# All of these may be given on the command line: make test WEIR_REQUIRE=netns
+export WEIR_GO WEIR_REQUIRE WEIR_SEED WEIR_SOAK
+
+GO := internal/build/go.sh
+AS_BUILDER := $(GO) --as-builder
+LDFLAGS ?= -s -w
+
+# Arguments for the test runner, such as: make test TEST='-only module/packet -v'
+TEST ?=
+
+.PHONY: build demo test soak bench lint deps generate clean help dirs runtests
+
+help: ## what can be made
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+# What an earlier run of root's left behind must not stop the builder.
+dirs:
+	@builder=$$($(GO) --builder); \
+	for d in bin build; do \
+	  if [ -L $$d ]; then echo "make: $$d is a symbolic link; remove it" >&2; exit 1; fi; \
+	  if [ "$$(id -u)" = 0 ] && [ -d $$d ]; then chown -hR "$$builder" $$d; fi; \
+	done
+	@$(AS_BUILDER) mkdir -p bin/plugins build
+
+build: dirs ## bin/weir and bin/plugins/*
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/weir ./cmd/weir
+	@plugins=$$($(GO) list -f '{{if eq .Name "main"}}{{.ImportPath}}{{end}}' ./plugins/...); \
+	if [ -n "$$plugins" ]; then \
+	  echo $(GO) build -o bin/plugins/ $$plugins; \
+	  $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/plugins/ $$plugins; \
+	fi
+
+demo: build ## the live demonstration; needs root
+	@if [ "$$(id -u)" != 0 ]; then echo "make: the demo makes network namespaces: sudo make demo" >&2; exit 1; fi
+	bin/weir demo $(SCENE)
+
+runtests: dirs
+	@$(GO) build -o build/runtests ./internal/cmd/runtests
+
+test: build runtests ## all tests; without root, those that need none
+	@internal/build/deps.sh --soft
+	$(GO) vet ./...
+	@WEIR_BIN=$(CURDIR)/bin build/runtests -go $(GO) $(TEST)
+
+soak: build runtests ## the tests in their full sizes
+	@internal/build/deps.sh --soft
+	@WEIR_SOAK=1 WEIR_BIN=$(CURDIR)/bin build/runtests -go $(GO) -timeout 3h -total 12h $(TEST)
+
+bench: build ## the comparisons
+	@if [ -d integration/bench ]; then \
+	  $(GO) build -trimpath -o build/bench ./integration/bench; \
+	  build/bench $(BENCH); \
+	else \
+	  echo "make: the comparison program integration/bench is not there; these are the benchmarks of single packages:" >&2; \
+	  $(GO) test -run '^$$' -bench . -benchtime 200ms ./module/... ./policies/...; \
+	fi
+
+lint: dirs ## formatting, vet, staticcheck, house rules, generated code
+	@internal/build/lint.sh
+
+deps: ## install the Debian packages that the tests use
+	@internal/build/deps.sh
+
+generate: dirs ## generated code anew
+	$(GO) generate ./...
+
+clean: ## remove bin and build
+	rm -rf bin build
