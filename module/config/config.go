@@ -97,6 +97,7 @@ type Timeouts struct {
 	Head     Duration `koanf:"head" default:"15s" need:"positive" doc:"From the first byte of a request to the end of its head."`
 	Idle     Duration `koanf:"idle" default:"60s" need:"positive" doc:"A client connection between requests."`
 	Response Duration `koanf:"response" default:"60s" need:"positive" doc:"Silence of the server while a response is due; not its total time."`
+	Drain    Duration `koanf:"drain" default:"60s" need:"positive" doc:"How long exchanges with a server or VIP that was removed from the configuration may go on before they are cut."`
 }
 
 // Plugin is one policy plugin.
@@ -126,9 +127,9 @@ type Queue struct {
 
 // Firewall describes the nftables table.
 type Firewall struct {
-	Table   string `koanf:"table" default:"weir" need:"table" doc:"Name of the table in family inet. Several instances in one namespace need different ones."`
-	Mark    Mark   `koanf:"mark" default:"0x57000000/0xff000000" doc:"Mark of translated and emitted packets, VALUE/MASK. Only the bits of the mask are touched. Accept it in chains that would drop these packets."`
-	Inspect string `koanf:"inspect" default:"syn" enum:"syn|all" doc:"Which packets to a VIP the existing rules see with the client's address: the SYN, or all."`
+	Table   string `koanf:"table" default:"weir" need:"table" doc:"Name of the table in family inet. Several instances in one namespace need different ones. Restart."`
+	Mark    Mark   `koanf:"mark" default:"0x57000000/0xff000000" doc:"Mark of translated and emitted packets, VALUE/MASK. Only the bits of the mask are touched. Accept it in chains that would drop these packets. Restart."`
+	Inspect string `koanf:"inspect" default:"syn" enum:"syn|all" doc:"Which packets to a VIP the existing rules see with the client's address: the SYN, or all. Restart."`
 	OnStop  string `koanf:"on_stop" default:"close" enum:"close|direct" doc:"What happens to new connections after a stop: close leaves them to whatever else the router does, direct sends them to one server by a plain DNAT."`
 }
 

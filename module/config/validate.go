@@ -250,6 +250,7 @@ func (v *validator) farm(f *Farm, key string, vips map[netip.AddrPort]vip) {
 	v.duration(key+".timeouts.head", f.Timeouts.Head)
 	v.duration(key+".timeouts.idle", f.Timeouts.Idle)
 	v.duration(key+".timeouts.response", f.Timeouts.Response)
+	v.duration(key+".timeouts.drain", f.Timeouts.Drain)
 }
 
 func (v *validator) servers(f *Farm, key string, vips map[netip.AddrPort]vip) {

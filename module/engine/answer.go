@@ -197,13 +197,14 @@ func (e *Engine) clientAnswering(r splice.Ref, c *splice.Client, p *packet.TCP, 
 		return
 	}
 	if n > 0 {
-		e.dupACK(r, c)
+		e.dupACK(r, c, p.Seq())
 	}
 }
 
 // finishClient sends our FIN to a client that has got everything.
 func (e *Engine) finishClient(r splice.Ref, c *splice.Client) {
 	e.freeSide(c)
+	e.kepts.drop(&c.Kept)
 	c.Srv = 0
 	c.State = splice.ClientClosing
 	c.Tries = 0
@@ -277,6 +278,7 @@ func (e *Engine) removeClient(r splice.Ref, c *splice.Client) {
 		e.leaveLine(c, f)
 	}
 	e.freeSide(c)
+	e.kepts.drop(&c.Kept)
 	e.wheel.clear(e.clientTimer(r))
 	e.tombs.Put(flowBrief(e.clients.Key(r), c.IRS, c.ISS, 0), e.seconds())
 	e.armSweep()

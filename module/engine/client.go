@@ -97,8 +97,10 @@ func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
 	}
 	opt, ok := options(0), false
 	octave := uint8(0)
-	if b := e.embryos.Get(key, e.seconds()); b != nil && b.IRS == isn && b.ISS == iss {
+	if b := e.embryos.Get(key, e.seconds()); b != nil && b.ISS == iss && isn.In(b.IRS, b.IRS.Add(HoldWindow)) {
+		// The first data segment, or one that overtook it.
 		opt, ok, octave = options(b.Options), true, b.Octave
+		isn = b.IRS
 	} else {
 		opt, ok = e.opt.Handshake.Validate(key, isn, iss, e.now)
 		octave = pool.Octave(e.opt.Handshake.RTT(key, isn, e.now))
@@ -107,6 +109,9 @@ func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
 	if !ok || f == nil || e.stopping {
 		if !ok {
 			e.Count.add(ReasonBadCookie)
+			if e.opt.Handshake.Recent(key, e.now) {
+				return 0 // its first segment is on its way, or comes again
+			}
 		}
 		e.statelessReset(key, p)
 		return 0
@@ -186,12 +191,17 @@ func (e *Engine) clientHeld(r splice.Ref, c *splice.Client, p *packet.TCP, ev *E
 		}
 		return
 	}
-	if c.Flags&splice.ClientFINSeen != 0 || c.RcvNxt.Less(seq) {
-		// After its FIN, or beyond a gap: the sender repeats what is missing.
-		if c.RcvNxt.Less(seq) {
-			e.Count.add(ReasonBeyondFrontier)
-		}
+	if c.Flags&splice.ClientFINSeen != 0 {
 		e.challengeClient(r, c)
+		return
+	}
+	if c.RcvNxt.Less(seq) {
+		if int(c.RcvNxt.To(seq)) > e.holdCap() {
+			e.Count.add(ReasonOutOfWindow)
+			e.challengeClient(r, c)
+			return
+		}
+		e.keepClient(r, c, p, ev)
 		return
 	}
 	skip := int(seq.To(c.RcvNxt))

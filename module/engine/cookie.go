@@ -198,6 +198,8 @@ func (h *Handshake) SYN(now int64, b []byte, st packet.ChecksumState, out *Outpu
 	if g.bits[word].Load()&(1<<bit) == 0 {
 		g.bits[word].Or(1 << bit)
 	}
+	word, bit = bitOf(&t, 0)
+	g.bits[word].Or(1 << bit)
 	v := t.Hash(uint64(isn))
 	h.sent[v%rttBuckets].Store(v&^0xffffffff | uint64(uint32(now>>14)))
 	mss := h.MSS4
@@ -216,6 +218,20 @@ func (h *Handshake) SYN(now int64, b []byte, st packet.ChecksumState, out *Outpu
 		Options: packet.AppendSYNOptions(ob[:0], o),
 	}, nil)
 	h.Answered.Add(1)
+}
+
+// Recent says whether a SYN of the 4-tuple, with whatever ISN, was answered
+// within the life of a cookie. Then a segment that fits nothing may only have
+// overtaken the first one, and must not be reset.
+func (h *Handshake) Recent(t *packet.Tuple, now int64) bool {
+	word, bit := bitOf(t, 0)
+	slot := now / slotNanos
+	for i := range int64(cookieSlots) {
+		if g := &h.seen[(slot-i)%cookieSlots]; g.slot.Load() == slot-i && g.bits[word].Load()&(1<<bit) != 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // RTT is the time since the SYN of this tuple and ISN was answered, in

@@ -139,6 +139,7 @@ type Engine struct {
 	tombs   *flowstore.Ring
 	idle    *pool.Pool
 	sides   sides
+	kepts   kepts
 	wheel   wheel
 	waits   map[uint16]*line // by farm ID
 
@@ -245,14 +246,21 @@ func (e *Engine) packet(ev *Event) {
 	for _, ports := range e.opt.SNIPs {
 		if ports.Addr == key.Dst.Addr && ports.Has(key.Dst.Port) {
 			e.fromServer(&key, &p, ev)
+			if e.kepts.used > 0 {
+				e.replay(&key, true)
+			}
 			return
 		}
 	}
 	e.fromClient(&key, &p, ev)
+	if e.kepts.used > 0 {
+		e.replay(&key, false)
+	}
 }
 
 // rewrite carries out a translation on the packet under verdict.
-func (e *Engine) rewrite(p *packet.TCP, ev *Event, w *packet.Rewrite, dirty bool) {
+// mss is the largest payload that the receiver's path takes.
+func (e *Engine) rewrite(p *packet.TCP, ev *Event, w *packet.Rewrite, dirty bool, mss uint16) {
 	p.Rewrite(w, ev.Checksum)
 	switch {
 	case ev.Checksum == packet.ChecksumPartial && !ev.GSO, dirty && ev.Checksum != packet.ChecksumPartial:
@@ -263,28 +271,31 @@ func (e *Engine) rewrite(p *packet.TCP, ev *Event, w *packet.Rewrite, dirty bool
 		ev.Verdict = Rewrite
 		return
 	}
-	// A packet from lo is not routed again: emit it instead. A super-packet
-	// from lo exceeds every MTU, so it goes out in pieces.
+	// A packet from lo is not routed again, and one that was kept has no
+	// verdict: emit it instead. A super-packet exceeds every MTU, so it goes
+	// out in pieces.
 	if ev.GSO {
-		e.pieces(p, w)
+		e.pieces(w, p.Payload(), int(mss))
 		return
 	}
 	e.out.raw(p.Raw)
 }
 
-// pieces emits the packet's data under an already translated header, cut to
-// the size that any path of today takes.
-func (e *Engine) pieces(p *packet.TCP, w *packet.Rewrite) {
-	s := packet.Segment{Src: w.Src, Dst: w.Dst, Seq: w.Seq, Ack: w.Ack, Flags: w.Flags &^ packet.FIN, Window: w.Window, TTL: 64}
-	data := p.Payload()
-	for len(data) > 0 {
-		n := min(len(data), pool.LargeMSS)
+// pieces emits data under a translated header, cut to size. A FIN rides on the
+// last piece.
+func (e *Engine) pieces(w *packet.Rewrite, data []byte, size int) {
+	g := packet.Segment{Src: w.Src, Dst: w.Dst, Seq: w.Seq, Ack: w.Ack, Flags: w.Flags &^ packet.FIN, Window: w.Window, TTL: 64}
+	for {
+		n := min(len(data), size)
 		if n == len(data) {
-			s.Flags = w.Flags
+			g.Flags = w.Flags
 		}
-		e.out.segment(&s, data[:n])
-		s.Seq = s.Seq.Add(packet.Size(n))
+		e.out.segment(&g, data[:n])
+		g.Seq = g.Seq.Add(packet.Size(n))
 		data = data[n:]
+		if len(data) == 0 {
+			return
+		}
 	}
 }
 
@@ -315,14 +326,14 @@ const (
 // Usage says how much an engine holds; all zero when everything is idle and
 // aged out (INV-9).
 type Usage struct {
-	Clients, Servers, Idle, Embryos, Tombs, Held, Timers, Waiting int
+	Clients, Servers, Idle, Embryos, Tombs, Held, Kept, Timers, Waiting int
 }
 
 // Usage counts what the engine holds. It is not for the packet path.
 func (e *Engine) Usage() Usage {
 	u := Usage{
 		Clients: e.clients.Len(), Servers: e.servers.Len(), Idle: e.idle.Len(),
-		Embryos: e.embryos.Len(), Tombs: e.tombs.Len(), Held: e.sides.used, Timers: e.wheel.armed,
+		Embryos: e.embryos.Len(), Tombs: e.tombs.Len(), Held: e.sides.used, Kept: e.kepts.used, Timers: e.wheel.armed,
 	}
 	for _, l := range e.waits {
 		u.Waiting += l.n

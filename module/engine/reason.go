@@ -82,6 +82,11 @@ const (
 	ReasonPreopened
 	ReasonICMPTranslated
 	ReasonICMPForeign
+	ReasonICMPIgnored
+	ReasonACKLoop
+	// an operator's doing
+	ReasonKilled
+	ReasonVIPGone
 	reasonCount
 )
 
@@ -97,7 +102,8 @@ var reasonNames = [reasonCount]string{
 	"drain-limit", "server-gone",
 	"redispatch-proof", "redispatch-idempotent", "redispatch-connect",
 	"accepted", "retransmitted", "drained", "waited", "waiting-full", "wait-timeout", "no-port", "surge", "preopened",
-	"icmp-translated", "icmp-foreign",
+	"icmp-translated", "icmp-foreign", "icmp-ignored", "ack-loop",
+	"killed", "vip-gone",
 }
 
 // String returns the reason's name as counters and logs show it.

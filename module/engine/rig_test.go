@@ -18,12 +18,13 @@ import (
 // and reads which segments leave, in the notation of the patent's FIG 6:
 // TYPE:seq,ack(length).
 type rig struct {
-	t   *testing.T
-	e   *Engine
-	hs  *Handshake
-	db  *farm.DB
-	now int64
-	out Output
+	t    *testing.T
+	e    *Engine
+	hs   *Handshake
+	db   *farm.DB
+	now  int64
+	out  Output
+	last []byte // the last packet that went on in place
 	// isn maps a client's ISN to the ISS that it gets; others get 1000000.
 	cookies fixedCookies
 	iss     []packet.Seq // for server connections, in order
@@ -185,6 +186,7 @@ func (g *rig) collect(ev *Event) []string {
 		got = append(got, g.describe(g.out.Packet(i)))
 	}
 	if ev != nil && ev.Verdict == Rewrite {
+		g.last = ev.Data
 		got = append(got, g.describe(ev.Data))
 	}
 	return got

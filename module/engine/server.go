@@ -12,6 +12,7 @@ import (
 	"github.com/weirgate/weir/module/packet"
 	"github.com/weirgate/weir/module/pool"
 	"github.com/weirgate/weir/module/splice"
+	"github.com/weirgate/weir/policies/snapshot"
 )
 
 // Times of the engine's own small TCP toward servers, nanoseconds.
@@ -81,7 +82,7 @@ func (e *Engine) fromServer(key *packet.Tuple, p *packet.TCP, ev *Event) {
 	case splice.ServerIdle:
 		e.serverIdle(s, v, p)
 	case splice.ServerDraining:
-		e.serverDraining(s, v, p)
+		e.serverDraining(s, v, p, ev)
 	case splice.ServerClosing:
 		e.serverClosing(s, v, p)
 	}
@@ -216,7 +217,7 @@ func (e *Engine) connecting(s splice.Ref, v *splice.Server, p *packet.TCP) {
 			return
 		}
 		v.Flags |= splice.ServerPreopened
-		e.toPool(s, v)
+		e.settle(s, v)
 	case fl.Has(packet.ACK):
 		// The server has an old connection on this 4-tuple (RFC 9293 section
 		// 3.5.1): reset it, then ask again.
@@ -358,7 +359,7 @@ func (e *Engine) drainTimeout(v *splice.Server) int64 {
 }
 
 // serverDraining handles a segment whose client is gone.
-func (e *Engine) serverDraining(s splice.Ref, v *splice.Server, p *packet.TCP) {
+func (e *Engine) serverDraining(s splice.Ref, v *splice.Server, p *packet.TCP, ev *Event) {
 	seq, n := p.Seq(), p.PayloadLen()
 	end := seq.Add(packet.Size(n))
 	if n > 0 && seq.LessEq(v.RcvNxt) && v.RcvNxt.Less(end) {
@@ -373,6 +374,10 @@ func (e *Engine) serverDraining(s splice.Ref, v *splice.Server, p *packet.TCP) {
 			e.killServer(s, v, ReasonDrainLimit)
 			return
 		}
+	}
+	if n > 0 && v.RcvNxt.Less(seq) {
+		e.keepServer(s, v, p, ev)
+		return
 	}
 	if n > 0 {
 		e.ackServer(s, v)
@@ -459,8 +464,8 @@ func (e *Engine) settle(s splice.Ref, v *splice.Server) {
 		why = ReasonStopped
 	case f == nil || sv == nil:
 		why = ReasonServerGone
-	case sv.Live.State.Load() > 1: // maint or down
-		why = ReasonServerGone
+	case sv.Removed() || sv.Live.State.Load() != uint32(snapshot.Ready):
+		why = ReasonServerGone // nothing new would ever take it
 	case f.Pool.MaxRequests > 0 && v.Requests >= uint32(f.Pool.MaxRequests):
 		why = ReasonMaxRequests
 	case f.Pool.MaxAge > 0 && e.now-v.Opened >= f.Pool.MaxAge:
@@ -476,6 +481,7 @@ func (e *Engine) settle(s splice.Ref, v *splice.Server) {
 
 // toPool makes a connection idle.
 func (e *Engine) toPool(s splice.Ref, v *splice.Server) {
+	e.kepts.drop(&v.Kept)
 	v.State = splice.ServerIdle
 	v.Idle = e.now
 	v.Due = 0
@@ -613,6 +619,7 @@ func (e *Engine) removeServer(s splice.Ref, v *splice.Server, rested bool) {
 	if e.owed == s {
 		e.owed = 0
 	}
+	e.kepts.drop(&v.Kept)
 	e.wheel.clear(e.serverTimer(s))
 	farmID := v.Farm
 	v.State = splice.ServerFree
@@ -668,6 +675,25 @@ func (e *Engine) ackServer(s splice.Ref, v *splice.Server) {
 		return
 	}
 	e.sendServer(s, v, packet.ACK, v.SndNxt, nil, c)
+}
+
+// gapServer answers a server's segment beyond a gap as the client would.
+func (e *Engine) gapServer(s splice.Ref, v *splice.Server, newest packet.Seq) {
+	if v.Flags&splice.ServerSACK == 0 || v.Kept == 0 {
+		e.ackServer(s, v)
+		return
+	}
+	a, window := v.RcvNxt, splice.WindowField(drainWindow, toServerShift(v))
+	if v.State == splice.ServerActive && v.Cli != 0 {
+		c := e.clients.At(v.Cli)
+		a, window = e.ackForServer(c, v), e.windowForServer(c, v)
+	}
+	v.RcvAcked = packet.MaxSeq(v.RcvAcked, a)
+	k := e.servers.Key(s)
+	e.out.segment(&packet.Segment{
+		Src: k.Dst, Dst: k.Src, Seq: v.SndNxt, Ack: a, Flags: packet.ACK, Window: window, TTL: 64,
+		Options: e.kepts.sackOption(e.opts[:0], v.Kept, newest),
+	}, nil)
 }
 
 func (e *Engine) challengeServer(s splice.Ref, v *splice.Server) {

@@ -5,6 +5,7 @@ package engine
 import (
 	"github.com/weirgate/weir/module/http1"
 	"github.com/weirgate/weir/module/packet"
+	"github.com/weirgate/weir/module/pool"
 	"github.com/weirgate/weir/module/splice"
 )
 
@@ -22,10 +23,14 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 	fin := p.Flags().Has(packet.FIN)
 	e.clientAcked(c, v)
 	if n == 0 && !fin {
+		if e.looping(c, p, loopClient) {
+			return
+		}
 		e.forwardToServer(r, c, s, v, p, ev, false)
 		e.progress(r, c, s, v)
 		return
 	}
+	c.Loop = 0
 	if c.Flags&splice.ClientFINSeen != 0 && c.CliFIN.Less(seq.Add(packet.Size(n))) {
 		// Data after the FIN is nonsense; a repeated FIN is acknowledged.
 		if n > 0 || seq != c.CliFIN {
@@ -44,8 +49,7 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 		switch {
 		case c.RcvNxt.Less(seq):
 			if uint64(c.RcvNxt.To(end)) > c.ReqBody.Known() {
-				e.Count.add(ReasonBeyondFrontier)
-				e.dupACK(r, c)
+				e.keepClient(r, c, p, ev)
 				return
 			}
 		default:
@@ -83,10 +87,12 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 			e.hold(r, c, p.Payload()[seq.To(c.RcvNxt):])
 			c.Due = e.now + holdWait
 			e.touchClient(r, c)
+		} else if c.RcvNxt.Less(from) {
+			e.keepClient(r, c, p, ev)
 		} else {
-			// Beyond a gap, or pipelined bytes repeated: acknowledge what we
-			// hold if the request before it is through.
-			e.dupACK(r, c)
+			// Pipelined bytes repeated: acknowledge what we hold if the
+			// request before it is through.
+			e.dupACK(r, c, seq)
 		}
 	}
 
@@ -140,13 +146,50 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 			e.Count.add(ReasonBeyondWindow)
 			return
 		}
-		if !ev.GSO && n > int(v.MSS) {
+		if n > int(v.MSS) && (!ev.GSO || e.narrowServer(v)) {
 			e.partToServer(r, c, s, v, p.Payload(), c.Epoch.SeqToServer(seq))
 		} else {
 			e.forwardToServer(r, c, s, v, p, ev, false)
 		}
 	}
 	e.progress(r, c, s, v)
+}
+
+// An ACK loop: a wrong number would make two honest TCPs acknowledge each
+// other for ever. Bare ACKs that take turns and say nothing new are counted;
+// after loopLimit turns they are dropped, which ends it. It is a bug wherever
+// it happens, so it is counted under a name of its own.
+const (
+	loopClient = 0x40
+	loopServer = 0x80
+	loopLimit  = 8
+)
+
+func (e *Engine) looping(c *splice.Client, p *packet.TCP, side uint8) bool {
+	// What it says, folded into a number: any news resets the count.
+	say := uint32(p.Seq())*0x9e3779b1 ^ uint32(p.Ack())*0x85ebca6b ^ uint32(p.Window())
+	i := 0
+	if side == loopServer {
+		i = 1
+	}
+	if c.Said[i] != say {
+		c.Said[i], c.Loop = say, side
+		return false
+	}
+	if c.Loop&(loopClient|loopServer) != side {
+		c.Loop = side | min(c.Loop&0x3f+1, 0x3f)
+	}
+	if c.Loop&0x3f > loopLimit {
+		e.Count.add(ReasonACKLoop)
+		return true
+	}
+	return false
+}
+
+// narrowServer says whether the segments that clients send are too large for
+// the way to the server: the kernel would cut a super-packet to their size.
+func (e *Engine) narrowServer(v *splice.Server) bool {
+	return v.MSS < min(e.opt.Handshake.MSS4, e.opt.Handshake.MSS6)
 }
 
 // sideHolds says whether a segment that begins at seq repeats bytes of which
@@ -276,7 +319,7 @@ func (e *Engine) forwardToServer(r splice.Ref, c *splice.Client, s splice.Ref, v
 		v.SndNxt = packet.MaxSeq(v.SndNxt, w.Seq.Add(packet.Size(n)))
 	}
 	v.RcvAcked = packet.MaxSeq(v.RcvAcked, w.Ack)
-	e.rewrite(p, ev, &w, dirty)
+	e.rewrite(p, ev, &w, dirty, v.MSS)
 	if e.owed == s {
 		e.owed = 0
 	}
@@ -305,24 +348,28 @@ func (e *Engine) bareToServer(r splice.Ref, c *splice.Client, s splice.Ref, v *s
 }
 
 // dupACK answers a client's segment beyond a gap, or a repeated one, as the
-// receiver would. It acknowledges only what is safe: bytes on their way to a
-// server are acknowledged by that server.
-func (e *Engine) dupACK(r splice.Ref, c *splice.Client) {
-	if c.Srv != 0 {
-		v := e.servers.At(c.Srv)
-		if v.Flags&splice.ServerReqEnd == 0 || v.SndUna.Less(v.ReqEnd) {
-			k := e.clients.Key(r)
-			e.out.segment(&packet.Segment{
-				Src: k.Dst, Dst: k.Src, Seq: c.SndNxt, Ack: c.RcvAcked, Flags: packet.ACK,
-				Window: e.clientWindow(c), TTL: 64,
-			}, nil)
-			return
+// receiver would, with what is kept as SACK blocks. It acknowledges only what
+// is safe: bytes on their way to a server are acknowledged by that server.
+func (e *Engine) dupACK(r splice.Ref, c *splice.Client, newest packet.Seq) {
+	a := c.RcvNxt
+	if c.Srv != 0 && c.State == splice.ClientSpliced {
+		if v := e.servers.At(c.Srv); v.Flags&splice.ServerReqEnd == 0 || v.SndUna.Less(v.ReqEnd) {
+			a = c.RcvAcked
 		}
 	}
-	if c.RcvAcked != c.RcvNxt {
+	if c.RcvAcked != a {
 		c.Flags |= splice.ClientEarlyAck
+		c.RcvAcked = a
 	}
-	e.ackClient(r, c)
+	var opts []byte
+	if c.Flags&splice.ClientSACK != 0 {
+		opts = e.kepts.sackOption(e.opts[:0], c.Kept, newest)
+	}
+	k := e.clients.Key(r)
+	e.out.segment(&packet.Segment{
+		Src: k.Dst, Dst: k.Src, Seq: c.SndNxt, Ack: a, Flags: packet.ACK,
+		Window: e.clientWindow(c), TTL: 64, Options: opts,
+	}, nil)
 }
 
 // ackFIN acknowledges the client's FIN once the server has acknowledged every
@@ -427,6 +474,13 @@ func (e *Engine) serverActive(s splice.Ref, v *splice.Server, p *packet.TCP, ev 
 	seq, n := p.Seq(), p.PayloadLen()
 	fin := p.Flags().Has(packet.FIN)
 
+	if n == 0 && !fin {
+		if e.looping(c, p, loopServer) {
+			return
+		}
+	} else {
+		c.Loop = 0
+	}
 	// The epoch filter: what lies below the base belongs to the exchange
 	// before; the server has not got our ACK.
 	cut := 0
@@ -468,8 +522,7 @@ func (e *Engine) serverActive(s splice.Ref, v *splice.Server, p *packet.TCP, ev 
 		} else if v.Flags&splice.ServerRespEnd == 0 {
 			// Beyond a gap: only what is certainly part of the response passes.
 			if v.Flags&splice.ServerHeadDone == 0 || uint64(v.RcvNxt.To(end)) > v.Body.Known() {
-				e.Count.add(ReasonBeyondFrontier)
-				e.ackServer(s, v)
+				e.keepServer(s, v, p, ev)
 				return
 			}
 		}
@@ -674,6 +727,11 @@ func (e *Engine) forwardToClient(r splice.Ref, c *splice.Client, s splice.Ref, v
 	w.Ack = packet.MaxSeq(w.Ack, c.RcvAcked)
 	c.RcvAcked = w.Ack
 	window := splice.TrueWindow(p.Window(), v.Scale)
+	if c.Epoch.InsLen != 0 && v.SndUna.LessEq(c.Epoch.SndBase.Add(packet.Size(c.Epoch.InsOff))) {
+		// What is inserted takes its place in the server's window; Linux drops
+		// a whole segment that reaches beyond it (measured on 6.18).
+		window -= min(window, c.Epoch.InsLen)
+	}
 	last := v.Flags&splice.ServerRespEnd != 0 && v.RespEnd.LessEq(end)
 	if last {
 		// Beyond the response the client's bytes come to us: no more window
@@ -689,8 +747,8 @@ func (e *Engine) forwardToClient(r splice.Ref, c *splice.Client, s splice.Ref, v
 	}
 	w.Window = splice.WindowField(window, toClientShift(c))
 	c.SndNxt = packet.MaxSeq(c.SndNxt, c.Epoch.SeqToClient(end))
-	if cut || (!ev.GSO && len(b) > int(c.MSS)) {
-		e.partToClient(&w, b, int(c.MSS))
+	if cut || len(b) > int(c.MSS) && (!ev.GSO || c.MSS < pool.Class(v.Class).MSS()) {
+		e.pieces(&w, b, int(c.MSS))
 		return
 	}
 	if off, n := p.SACK(); n > 0 {
@@ -703,24 +761,7 @@ func (e *Engine) forwardToClient(r splice.Ref, c *splice.Client, s splice.Ref, v
 			}
 		}
 	}
-	e.rewrite(p, ev, &w, false)
-}
-
-// partToClient emits what is left of a server's segment in pieces that fit.
-func (e *Engine) partToClient(w *packet.Rewrite, b []byte, mss int) {
-	g := packet.Segment{Src: w.Src, Dst: w.Dst, Seq: w.Seq, Ack: w.Ack, Flags: w.Flags &^ packet.FIN, Window: w.Window, TTL: 64}
-	for {
-		n := min(len(b), mss)
-		if n == len(b) {
-			g.Flags = w.Flags
-		}
-		e.out.segment(&g, b[:n])
-		g.Seq = g.Seq.Add(packet.Size(n))
-		b = b[n:]
-		if len(b) == 0 {
-			return
-		}
-	}
+	e.rewrite(p, ev, &w, false, c.MSS)
 }
 
 // dropCopies frees held bytes as soon as nobody can need them: the server has

@@ -226,7 +226,7 @@ func (e *Engine) splicedDue(r splice.Ref, c *splice.Client, s splice.Ref, v *spl
 			return
 		}
 		if len(d.next) > 0 {
-			e.dupACK(r, c)
+			e.dupACK(r, c, c.RcvNxt)
 		}
 	}
 	e.touchClient(r, c)

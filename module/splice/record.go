@@ -89,6 +89,7 @@ type Client struct {
 	OurFIN   packet.Seq // number of our FIN (ClientFINSent)
 
 	Srv     Ref        // bound server connection
+	Kept    uint32     // the engine's memory of segments beyond a gap, 0 = none
 	Side    uint32     // the engine's side memory (held bytes), 0 = none
 	Epoch   Epoch      // equations of the present request
 	HeadLen uint32     // client's bytes of the present head
@@ -98,6 +99,8 @@ type Client struct {
 	Octave    uint8      // of the round-trip time, see pool.Octave
 	Attempts  uint8      // dispatches of the present request
 	Tries     uint8      // retransmissions of what is ours
+	Loop      uint8      // turns of bare ACKs without news
+	Said      [2]uint32  // what the last bare ACK of each side said
 	AnswerSeq packet.Seq // first byte of our own answer
 	Started   int64      // present request's first byte, or the moment of idleness
 	Last      int64      // last packet of either side
@@ -148,7 +151,8 @@ type Server struct {
 	ReqEnd   packet.Seq // end of the request (ServerReqEnd)
 	RespEnd  packet.Seq // end of the response (ServerRespEnd)
 
-	Cli  Ref // bound client
+	Cli  Ref    // bound client
+	Kept uint32 // as in Client
 	Resp http1.ResponseHead
 	Body http1.Body
 

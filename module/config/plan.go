@@ -1,0 +1,333 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package config
+
+import (
+	"bytes"
+	"fmt"
+	"reflect"
+	"slices"
+	"strings"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// Class says how a running instance takes a change over.
+type Class string
+
+// The classes, from the mildest on.
+const (
+	Hot     Class = "hot"     // at once; established exchanges go on as they began
+	Drain   Class = "drain"   // nothing new goes there, what runs may finish
+	Restart Class = "restart" // not before the next start
+)
+
+// Action says what happened to a key.
+type Action string
+
+// The actions.
+const (
+	Added   Action = "added"
+	Removed Action = "removed"
+	Changed Action = "changed"
+)
+
+// Change is one difference between two configurations.
+type Change struct {
+	Action Action `json:"action"`
+	Class  Class  `json:"class"`
+	// Path is the key path with names in place of indexes:
+	// farms[web].servers[s2].weight.
+	Path string `json:"path"`
+	From string `json:"from,omitempty"` // as one would write it; secrets are hidden
+	To   string `json:"to,omitempty"`
+	// File and Line are where the new value stands, or where a removed one
+	// stood; empty for a default.
+	File string `json:"file,omitempty"`
+	Line int    `json:"line,omitempty"`
+}
+
+// String returns the change as one line of a plan.
+func (c Change) String() string {
+	sign := map[Action]string{Added: "+", Removed: "-", Changed: "~"}[c.Action]
+	s := sign + " " + c.Path
+	switch {
+	case c.Action == Changed:
+		s += ": " + quoteEmpty(c.From) + " -> " + quoteEmpty(c.To)
+	case c.From+c.To != "":
+		s += ": " + c.From + c.To
+	}
+	return s
+}
+
+func quoteEmpty(s string) string {
+	if s == "" {
+		return `""`
+	}
+	return s
+}
+
+// Plan is what a reload would do: every difference, in the order of the schema.
+type Plan []Change
+
+// Of returns the changes of one class.
+func (p Plan) Of(class Class) Plan {
+	var out Plan
+	for _, c := range p {
+		if c.Class == class {
+			out = append(out, c)
+		}
+	}
+	return out
+}
+
+// restartKeys are the key paths, with all below them, that a running instance
+// cannot change. Their doc strings say so too.
+var restartKeys = [...]string{
+	"runtime_dir", "source", "queue", "admin", "firewall.table", "firewall.mark", "firewall.inspect",
+}
+
+// drainKeys are the list elements whose removal lets connections finish.
+var drainKeys = [...]string{"farms[]", "farms[].listen[]", "farms[].servers[]"}
+
+func classOf(path string, action Action) Class {
+	for _, k := range restartKeys {
+		if rest, ok := strings.CutPrefix(path, k); ok && (rest == "" || rest[0] == '.' || rest[0] == '[') {
+			return Restart
+		}
+	}
+	// A server at another address is another server.
+	if action == Removed && slices.Contains(drainKeys[:], path) || path == "farms[].servers[].address" {
+		return Drain
+	}
+	return Hot
+}
+
+// Compare returns what changes when next takes the place of now.
+func Compare(now, next *Config) Plan {
+	w := planner{now: now, next: next}
+	w.section(schema, reflect.ValueOf(now).Elem(), reflect.ValueOf(next).Elem(), place{})
+	return w.plan
+}
+
+// WithRestartKeys returns next with those values of now that only a restart
+// can change: what a running instance makes of next.
+func WithRestartKeys(now, next *Config) *Config {
+	c := *next
+	c.RuntimeDir, c.Source, c.Queue, c.Admin = now.RuntimeDir, now.Source, now.Queue, now.Admin
+	c.Firewall.Table, c.Firewall.Mark, c.Firewall.Inspect = now.Firewall.Table, now.Firewall.Mark, now.Firewall.Inspect
+	return &c
+}
+
+// place is where the walk stands: the path for people, and the key paths in
+// the two configurations.
+type place struct{ path, now, next string }
+
+func (p place) key(name string) place {
+	return place{join(p.path, name), join(p.now, name), join(p.next, name)}
+}
+
+func (p place) element(name string, now, next int) place {
+	return place{fmt.Sprintf("%s[%s]", p.path, name), fmt.Sprintf("%s[%d]", p.now, now), fmt.Sprintf("%s[%d]", p.next, next)}
+}
+
+type planner struct {
+	now, next *Config
+	plan      Plan
+}
+
+func (w *planner) add(f *field, action Action, at place, from, to string) {
+	c := Change{Action: action, Class: classOf(f.path, action), Path: at.path, From: from, To: to}
+	if action == Removed {
+		c.File, c.Line = w.now.Where(at.now)
+	} else {
+		c.File, c.Line = w.next.Where(at.next)
+	}
+	w.plan = append(w.plan, c)
+}
+
+func (w *planner) section(f *field, a, b reflect.Value, at place) {
+	for _, c := range f.fields {
+		w.value(c, a.Field(c.index), b.Field(c.index), at.key(c.name))
+	}
+}
+
+func (w *planner) value(f *field, a, b reflect.Value, at place) {
+	switch {
+	case f.kind == kindSection:
+		w.section(f, a, b, at)
+	case f.kind == kindFree:
+		w.free(f, a.Interface().(map[string]any), b.Interface().(map[string]any), at)
+	case f.kind == kindList && f.elem.kind == kindSection:
+		w.named(f, a, b, at)
+	case f.kind == kindList && (f.elem.typ == typeAddr || f.elem.typ == typeAddrPort):
+		w.set(f, a, b, at)
+	case !reflect.DeepEqual(a.Interface(), b.Interface()):
+		w.add(f, Changed, at, written(f, a), written(f, b))
+	}
+}
+
+// named compares two lists of sections by the names of their elements.
+func (w *planner) named(f *field, a, b reflect.Value, at place) {
+	key := f.elem.fields[0] // name, or use
+	index := func(l reflect.Value, name string) int {
+		for i := range l.Len() {
+			if l.Index(i).Field(key.index).String() == name {
+				return i
+			}
+		}
+		return -1
+	}
+	var kept [2][]string
+	for i := range a.Len() {
+		name := a.Index(i).Field(key.index).String()
+		if index(b, name) >= 0 {
+			kept[0] = append(kept[0], name)
+		} else if !implied(a.Index(i)) {
+			w.add(f.elem, Removed, at.element(name, i, i), "", "")
+		}
+	}
+	for i := range b.Len() {
+		name := b.Index(i).Field(key.index).String()
+		j := index(a, name)
+		switch {
+		case j >= 0:
+			kept[1] = append(kept[1], name)
+			w.section(f.elem, a.Index(j), b.Index(i), at.element(name, j, i))
+		case !implied(b.Index(i)):
+			w.add(f.elem, Added, at.element(name, i, i), "", summaryOf(b.Index(i)))
+		}
+	}
+	// Only policies are asked in an order that matters.
+	if f.elem.typ == typePolicyUse && !slices.Equal(kept[0], kept[1]) {
+		w.add(f, Changed, at, strings.Join(kept[0], ", "), strings.Join(kept[1], ", "))
+	}
+}
+
+func implied(v reflect.Value) bool {
+	p, ok := v.Interface().(Plugin)
+	return ok && p.Implied
+}
+
+// summaryOf says in a few words what an added element is.
+func summaryOf(v reflect.Value) string {
+	switch e := v.Interface().(type) {
+	case Farm:
+		var l []string
+		for _, ap := range e.Listen {
+			l = append(l, ap.String())
+		}
+		word := "servers"
+		if len(e.Servers) == 1 {
+			word = "server"
+		}
+		return fmt.Sprintf("%s, %d %s", strings.Join(l, ", "), len(e.Servers), word)
+	case Server:
+		s := e.Address.String()
+		if e.Weight != 1 {
+			s += fmt.Sprintf(", weight %d", e.Weight)
+		}
+		if e.Backup {
+			s += ", backup"
+		}
+		return s
+	case Plugin:
+		return strings.Join(e.Command, " ")
+	}
+	return ""
+}
+
+// set compares two lists of addresses, whose order means nothing.
+func (w *planner) set(f *field, a, b reflect.Value, at place) {
+	has := func(l reflect.Value, v any) bool {
+		for i := range l.Len() {
+			if l.Index(i).Interface() == v {
+				return true
+			}
+		}
+		return false
+	}
+	for i := range a.Len() {
+		if v := a.Index(i).Interface(); !has(b, v) {
+			w.add(f.elem, Removed, at.element(fmt.Sprint(v), i, i), "", "")
+		}
+	}
+	for i := range b.Len() {
+		if v := b.Index(i).Interface(); !has(a, v) {
+			w.add(f.elem, Added, at.element(fmt.Sprint(v), i, i), "", "")
+		}
+	}
+}
+
+// free compares two mappings whose keys are not ours.
+func (w *planner) free(f *field, a, b map[string]any, at place) {
+	keys := sortedKeys(a)
+	for _, k := range sortedKeys(b) {
+		if _, ok := a[k]; !ok {
+			keys = append(keys, k)
+		}
+	}
+	slices.Sort(keys)
+	for _, k := range keys {
+		x, inA := a[k]
+		y, inB := b[k]
+		here := at.key(k)
+		xm, ok1 := x.(map[string]any)
+		ym, ok2 := y.(map[string]any)
+		switch {
+		case ok1 && ok2:
+			w.free(f, xm, ym, here)
+		case !inA:
+			w.add(f, Added, here, "", freeText(k, y))
+		case !inB:
+			w.add(f, Removed, here, freeText(k, x), "")
+		case !reflect.DeepEqual(x, y):
+			w.add(f, Changed, here, freeText(k, x), freeText(k, y))
+		}
+	}
+}
+
+// longestText bounds how much of a value a plan shows, bytes.
+const longestText = 120
+
+func freeText(key string, v any) string {
+	n := new(yaml.Node)
+	if err := n.Encode(redactedValue(key, v)); err != nil {
+		return "?"
+	}
+	return flow(n)
+}
+
+// written returns a value as one would write it in one line.
+func written(f *field, v reflect.Value) string {
+	n, err := dumpValue(f, v, true)
+	if err != nil || n == nil {
+		return ""
+	}
+	if n.Kind == yaml.ScalarNode {
+		return n.Value
+	}
+	return flow(n)
+}
+
+func flow(n *yaml.Node) string {
+	var inline func(*yaml.Node)
+	inline = func(n *yaml.Node) {
+		if n.Kind != yaml.ScalarNode {
+			n.Style = yaml.FlowStyle
+		}
+		for _, c := range n.Content {
+			inline(c)
+		}
+	}
+	inline(n)
+	b, err := yaml.Marshal(n)
+	if err != nil {
+		return "?"
+	}
+	s := string(bytes.Join(bytes.Fields(b), []byte(" ")))
+	if len(s) > longestText {
+		s = strings.ToValidUTF8(s[:longestText], "") + " ..."
+	}
+	return s
+}
