@@ -416,6 +416,7 @@ func TestFigure8Paths(t *testing.T) {
 
 // TestBulk: large bodies both ways are right to the last byte.
 func TestBulk(t *testing.T) {
+	require.NFQueue(t)
 	require.Tool(t, "nginx")
 	const down, up = 100 << 20, 50 << 20
 	for _, o := range []struct {

@@ -73,6 +73,7 @@ var withPath = lab.ConfigOptions{
 // start: ruleset, sysctls, addresses, routes, sockets, queues, files and
 // processes.
 func TestStopLeavesNothing(t *testing.T) {
+	require.NFQueue(t)
 	t.Run("idle", func(t *testing.T) {
 		r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2})
 		r.hello()
@@ -273,6 +274,7 @@ func TestForeignTableUntouched(t *testing.T) {
 // TestStartupErrors: what makes a start impossible is told in one sentence,
 // with exit code 1, and nothing is left behind.
 func TestStartupErrors(t *testing.T) {
+	require.NFQueue(t)
 	for _, c := range []struct {
 		name string
 		// prepare makes the start impossible and returns how to undo that; nil

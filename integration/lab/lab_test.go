@@ -425,6 +425,7 @@ func TestPlainFarm(t *testing.T) {
 // TestVIPIsLocalOrRouted: the VIP answers as an address of the router, or what
 // is sent to it reaches the first server.
 func TestVIPIsLocalOrRouted(t *testing.T) {
+	require.Netns(t)
 	for _, routed := range []bool{false, true} {
 		t.Run(fmt.Sprintf("routed=%v", routed), func(t *testing.T) {
 			l := newLab(t)

@@ -41,16 +41,22 @@ words() {
   return 0
 }
 
-# Generated code must be what the generator makes: everything is made anew in a
-# copy and compared.
+# Generated code must be what the generator makes: in a copy of the tree
+# everything is made anew, and no file of the copy may change by it.
 generated() {
   local copy rc=0
-  copy=$($go --as-builder mktemp -d)
-  $go --as-builder sh -c 'tar cf - --exclude=./build --exclude=./bin --exclude=./.git . | tar xf - -C "$1"' _ "$copy"
-  "$copy/internal/build/go.sh" --as-builder true &&
-    (cd "$copy" && internal/build/go.sh generate ./... 2>&1 | fetched | sed '/^$/d' >"$copy/build.log") || rc=$?
-  [ "$rc" -eq 0 ] || cat "$copy/build.log"
-  diff -r -x build.log -x build -x bin -x .git . "$copy" | head -40
+  copy=$($go --as-builder mktemp -d) || return
+  $go --as-builder sh -c 'tar cf - --exclude=./build --exclude=./bin --exclude=./.git . | tar xf - -C "$1"' _ "$copy/" || rc=$?
+  if [ "$rc" -eq 0 ]; then
+    (
+      cd "$copy" || exit
+      sums() { find . -type f -exec sha256sum {} + | sort -k 2; }
+      before=$(sums)
+      internal/build/go.sh generate ./... 2>&1 | fetched
+      [ "${PIPESTATUS[0]}" -eq 0 ] || exit
+      diff <(echo "$before") <(sums) | sed -n 's/^[<>] [0-9a-f]*  /make generate changes /p' | sort -u
+    ) || rc=$?
+  fi
   rm -rf "$copy"
   return "$rc"
 }

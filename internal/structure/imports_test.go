@@ -21,6 +21,9 @@ type rule struct {
 var testHelpers = []string{"internal/require"}
 
 var rules = []rule{
+	// The command line, and what joins it to the parts that act on the host.
+	{dirs: []string{"internal/cli"}, may: []string{"module/config", "module/control"}, tests: []string{"module"}},
+	{dirs: []string{"internal/hooks"}, may: []string{"internal/cli", "module", "nft", "plugins/host", "policies", "integration/demo"}},
 	{dirs: []string{"internal/require", "internal/structure", "internal/cmd", "internal/build"}},
 	{dirs: []string{"module/packet", "module/http1", "policies/snapshot", "policies/policypb"}},
 	// The contract: a plugin's author gets these and nothing of the module.
@@ -36,7 +39,7 @@ var rules = []rule{
 	{dirs: []string{"module/divert"}, may: []string{"module/packet"}, tests: []string{"integration/lab", "nft"}},
 	// The rest of the module, control and the root that wires everything.
 	{dirs: []string{"module"}, may: []string{"module", "nft", "plugins/host", "policies"}, tests: []string{"integration/lab"}},
-	{dirs: []string{"cmd"}, may: []string{"module", "nft", "plugins/host", "policies", "integration/demo"}, tests: []string{"integration/lab"}},
+	{dirs: []string{"cmd"}, may: []string{"internal/cli", "internal/hooks"}},
 	{dirs: []string{"integration"}, may: []string{"integration", "module", "nft", "plugins/host", "policies", "internal/require"}},
 }
 

@@ -284,14 +284,11 @@ func (h *Host) apply(ctx context.Context, plugins []PluginSpec, farms []FarmSpec
 		return err
 	}
 
-	// From here on nothing is taken back.
-	for name, w := range want {
-		s := have[name]
-		if old := h.current(name); old != nil && old != s {
+	// From here on nothing is taken back. What is asked of the Host from now
+	// on, in OnSnapshot for example, is answered by the new set.
+	for name, s := range fresh {
+		if old := h.current(name); old != nil {
 			s.inherit(old)
-		}
-		if err := s.commit(ctx, w.spec, w.farms); err != nil {
-			h.log.Warn("plugin does not take its configuration yet", "plugin", name, "error", err)
 		}
 	}
 	h.mu.Lock()
@@ -304,6 +301,11 @@ func (h *Host) apply(ctx context.Context, plugins []PluginSpec, farms []FarmSpec
 	}
 	maps.Copy(h.plugins, fresh)
 	h.mu.Unlock()
+	for name, w := range want {
+		if err := have[name].commit(ctx, w.spec, w.farms); err != nil {
+			h.log.Warn("plugin does not take its configuration yet", "plugin", name, "error", err)
+		}
+	}
 	for _, s := range gone {
 		s.cancel()
 	}

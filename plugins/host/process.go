@@ -59,6 +59,9 @@ func newThread(hook func() error) (*thread, error) {
 			if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0); err != nil && !errors.Is(err, unix.EINVAL) {
 				return fmt.Errorf("give up ambient capabilities for plugins: %w", err)
 			}
+			if err := dropInheritable(); err != nil {
+				return fmt.Errorf("keep capabilities from plugins: %w", err)
+			}
 			if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 				return fmt.Errorf("forbid new privileges to plugins: %w", err)
 			}
@@ -76,6 +79,18 @@ func newThread(hook func() error) (*thread, error) {
 		return nil, err
 	}
 	return t, nil
+}
+
+// dropInheritable empties the set of capabilities that this thread's children
+// may get by the files that they execute.
+func dropInheritable() error {
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var sets [2]unix.CapUserData
+	if err := unix.Capget(&hdr, &sets[0]); err != nil {
+		return err
+	}
+	sets[0].Inheritable, sets[1].Inheritable = 0, 0
+	return unix.Capset(&hdr, &sets[0])
 }
 
 // do runs the function on the thread and waits for it.
