@@ -39,9 +39,11 @@ type shard struct {
 	clients atomic.Int32 // of the last batch, while stopping
 	servers atomic.Int32
 
-	ev   engine.Event
-	out  engine.Output
-	pkts [][]byte
+	ev     engine.Event
+	errors chan []byte   // ICMP errors that may be about a flow of this shard
+	narrow chan narrowed // destinations that emitted packets did not fit to
+	out    engine.Output
+	pkts   [][]byte
 }
 
 // batchSize is how many packets are handled between two looks at the clock.
@@ -51,7 +53,11 @@ const batchSize = 64
 const longestWait = time.Second
 
 func newShard(m *Module, q divert.Queue, em *divert.Emitter, mark, mask uint32, r role) *shard {
-	s := &shard{m: m, role: r, queue: q, emit: em, mark: mark, mask: mask}
+	s := &shard{
+		m: m, role: r, queue: q, emit: em, mark: mark, mask: mask,
+		errors: make(chan []byte, letterBox), narrow: make(chan narrowed, letterBox),
+	}
+	em.OnTooBig(s.tooBig)
 	if ifc, err := net.InterfaceByName("lo"); err == nil {
 		s.lo = uint32(ifc.Index)
 	}
@@ -117,6 +123,7 @@ func (s *shard) run() error {
 					stopping = stopping || k != engine.Relieve
 				}
 			}
+			s.letters(now)
 			if n == 0 {
 				s.ev = engine.Event{Kind: engine.Tick}
 				s.engine.Step(now, &s.ev, &s.out)
@@ -165,7 +172,7 @@ func (s *shard) handle(now int64, batch []divert.Packet) {
 			p.Verdict = divert.Drop
 			continue
 		case roleControl:
-			p.Verdict = divert.Accept
+			s.icmp(p)
 			continue
 		}
 		*ev = engine.Event{

@@ -77,7 +77,7 @@ func TestExample(t *testing.T) {
 	check("policies", []string{web.Policies[0].Use, web.Policies[1].Use, web.Policies[1].OnEmpty, web.Policies[3].Use}, []string{"state", "path", "reject", "load"})
 	check("routes", web.Policies[1].Config["routes"].([]any)[0], any(map[string]any{"prefix": "/sales/", "servers": []any{"s1"}}))
 	check("pool", web.Pool, Pool{64, 512, 0, 16, Duration(30 * time.Second), 0, 0, 1024, Duration(5 * time.Second), 1 << 20, Duration(10 * time.Second)})
-	check("timeouts", web.Timeouts, Timeouts{Duration(5 * time.Second), Duration(15 * time.Second), Duration(60 * time.Second), Duration(60 * time.Second)})
+	check("timeouts", web.Timeouts, Timeouts{Duration(5 * time.Second), Duration(15 * time.Second), Duration(60 * time.Second), Duration(60 * time.Second), Duration(60 * time.Second)})
 	check("second farm has the same defaults", c.Farm("web6").Pool, web.Pool)
 	check("listen list", len(c.Farm("web6").Listen), 2)
 	var names []string
@@ -342,12 +342,6 @@ func TestAliases(t *testing.T) {
 		}
 	}
 }
-
-// bytesProvider is a koanf provider of bytes that are at hand.
-type bytesProvider []byte
-
-func (b bytesProvider) ReadBytes() ([]byte, error)    { return b, nil }
-func (b bytesProvider) Read() (map[string]any, error) { panic("not used") }
 
 func loadBytes(b []byte) (*Config, error) {
 	bld := newBuilder()

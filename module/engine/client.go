@@ -48,6 +48,12 @@ func (e *Engine) fromClient(key *packet.Tuple, p *packet.TCP, ev *Event) {
 	// sent is answered and dropped. It must not mark a response complete.
 	ack := p.Ack()
 	if c.SndNxt.Less(ack) || ack.Less(c.SndUna.Sub(maxWindow)) {
+		if e.reincarnated(key, c, p) {
+			e.Count.add(ReasonReincarnated)
+			e.dropClient(r, c)
+			e.fromClient(key, p, ev)
+			return
+		}
 		e.Count.add(ReasonAckBeyond)
 		e.challengeClient(r, c)
 		return
@@ -67,6 +73,14 @@ func (e *Engine) fromClient(key *packet.Tuple, p *packet.TCP, ev *Event) {
 	case splice.ClientClosing:
 		e.clientClosing(r, c, p)
 	}
+}
+
+// reincarnated says whether a segment belongs to a new connection on the
+// 4-tuple of an old one: a valid cookie, and both numbers differ (SPLICING.md,
+// incarnations).
+func (e *Engine) reincarnated(key *packet.Tuple, c *splice.Client, p *packet.TCP) bool {
+	isn, iss := p.Seq().Sub(1), p.Ack().Sub(1)
+	return isn != c.IRS && iss != c.ISS && e.fresh(key, isn, iss)
 }
 
 // maxWindow is the largest window that a scale can express (RFC 7323).
@@ -218,10 +232,13 @@ func (e *Engine) clientHeld(r splice.Ref, c *splice.Client, p *packet.TCP, ev *E
 		}
 	}
 	if fin {
-		e.clientFIN(r, c)
-		if c.State == splice.ClientFree {
+		if c.State == splice.ClientBinding && (c.Flags&splice.ClientReqEndKnown == 0 || c.RcvNxt.Less(c.ReqEnd)) {
+			// A FIN inside a request: it can never be completed.
+			e.Count.add(ReasonAbortedRequest)
+			e.resetHeld(r, c)
 			return
 		}
+		e.clientFIN(r, c)
 	}
 	switch c.State {
 	case splice.ClientHead:
@@ -353,6 +370,14 @@ func (e *Engine) clientRST(r splice.Ref, c *splice.Client, p *packet.TCP) {
 	}
 	e.Count.add(ReasonClientReset)
 	e.dropClient(r, c)
+}
+
+// resetHeld resets a client whose request is not at a server.
+func (e *Engine) resetHeld(r splice.Ref, c *splice.Client) {
+	if s := c.Srv; s != 0 {
+		e.orphan(s, e.servers.At(s), c)
+	}
+	e.resetClient(r, c, ReasonAbortedRequest)
 }
 
 // dropClient forgets a client that is gone: its response is drained, its

@@ -38,7 +38,7 @@ func (e *Engine) request(r splice.Ref, c *splice.Client, d *side, p *packet.TCP,
 	c.Attempts = 0
 	d.tried.Reset()
 	c.Flags &^= splice.ClientResponded | splice.ClientReqBad | splice.ClientReqEndKnown |
-		splice.ClientIdempotent | splice.ClientWantClose
+		splice.ClientIdempotent | splice.ClientWantClose | splice.ClientFresh
 	c.ReqBody.Start(h.Body, h.Length)
 	switch {
 	case h.Body == http1.BodyNone:
@@ -111,7 +111,11 @@ again:
 		return e.wait(r, c, f)
 	}
 	sv := f.Servers[choice.Server]
-	if s := e.idle.Take(sv.ID, class, c.Octave); s != 0 {
+	s := splice.Ref(0)
+	if c.Flags&splice.ClientFresh == 0 {
+		s = e.idle.Take(sv.ID, class, c.Octave)
+	}
+	if s != 0 {
 		sv.Live.Idle.Add(-1)
 		f.Stats.Reused.Add(1)
 		sv.Stats.Reused.Add(1)

@@ -84,6 +84,7 @@ const (
 	ReasonICMPForeign
 	ReasonICMPIgnored
 	ReasonACKLoop
+	ReasonReincarnated
 	// an operator's doing
 	ReasonKilled
 	ReasonVIPGone
@@ -102,7 +103,7 @@ var reasonNames = [reasonCount]string{
 	"drain-limit", "server-gone",
 	"redispatch-proof", "redispatch-idempotent", "redispatch-connect",
 	"accepted", "retransmitted", "drained", "waited", "waiting-full", "wait-timeout", "no-port", "surge", "preopened",
-	"icmp-translated", "icmp-foreign", "icmp-ignored", "ack-loop",
+	"icmp-translated", "icmp-foreign", "icmp-ignored", "ack-loop", "reincarnated",
 	"killed", "vip-gone",
 }
 

@@ -266,7 +266,25 @@ func (e *Engine) serverIdle(s splice.Ref, v *splice.Server, p *packet.TCP) {
 		e.ackServer(s, v)
 	case p.Flags().Has(packet.FIN) && seq == v.RcvNxt:
 		v.Flags |= splice.ServerFINSeen
+		e.learnHorizon(v)
 		e.closeServer(s, v, ReasonServerFIN)
+	}
+}
+
+// leastHorizon: what a server closes sooner is not a keep-alive time.
+const leastHorizon = 100 * millisecond
+
+// learnHorizon notes how long a server keeps idle connections, so that they
+// are retired before it closes them in the face of a request.
+func (e *Engine) learnHorizon(v *splice.Server) {
+	sv := e.db.Server(v.ID)
+	kept := e.now - v.Idle
+	if sv == nil || kept < leastHorizon {
+		return
+	}
+	h := kept - kept/4
+	if old := sv.Stats.Horizon.Load(); old == 0 || h < old {
+		sv.Stats.Horizon.Store(h)
 	}
 }
 
@@ -296,6 +314,14 @@ func (e *Engine) failed(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.
 			kind = farm.FailSilent
 		}
 		sv.Stats.Failed[kind].Add(1)
+	}
+	if v.Requests > 1 && c.Side != 0 {
+		// A pooled connection that went stale says nothing about its server:
+		// the next attempt may go there again, over a connection of its own.
+		c.Flags |= splice.ClientFresh
+		if sv := e.db.Server(v.ID); sv != nil && !sv.Removed() {
+			e.sides.at(c.Side).tried[sv.Index>>6] &^= 1 << (sv.Index & 63)
+		}
 	}
 	e.inactive(v)
 	v.Cli = 0
@@ -539,7 +565,7 @@ func (e *Engine) inactive(v *splice.Server) {
 // last resort.
 func (e *Engine) closeServer(s splice.Ref, v *splice.Server, why Reason) {
 	e.leavePool(s, v)
-	e.Count.add(why)
+	e.closing(v, why)
 	v.State = splice.ServerClosing
 	v.Cli = 0
 	v.Tries = 0
@@ -556,6 +582,34 @@ func (e *Engine) closeServer(s splice.Ref, v *splice.Server, why Reason) {
 	e.touchServer(s, v)
 	// The place in max_connections is free once the server is told.
 	e.wake(v.Farm)
+}
+
+// closing counts the end of a connection by its reason.
+func (e *Engine) closing(v *splice.Server, why Reason) {
+	e.Count.add(why)
+	if sv := e.db.Server(v.ID); sv != nil && v.State != splice.ServerClosing {
+		sv.Stats.Closed[closeKind(why)].Add(1)
+	}
+}
+
+func closeKind(why Reason) farm.CloseKind {
+	switch why {
+	case ReasonIdleTimeout:
+		return farm.CloseIdle
+	case ReasonMaxIdle:
+		return farm.CloseSurplus
+	case ReasonMaxAge, ReasonMaxRequests:
+		return farm.CloseRetired
+	case ReasonServerClose, ReasonServerFIN, ReasonServerReset, ReasonServerSilent:
+		return farm.CloseServer
+	case ReasonAbortedRequest, ReasonDrainLimit:
+		return farm.CloseAborted
+	case ReasonServerGone:
+		return farm.CloseRemoved
+	case ReasonStopped:
+		return farm.CloseStopped
+	}
+	return farm.CloseIsolated
 }
 
 // serverClosing handles what a server still says after our FIN.
@@ -583,7 +637,7 @@ func (e *Engine) serverClosing(s splice.Ref, v *splice.Server, p *packet.TCP) {
 // (INV-2).
 func (e *Engine) killServer(s splice.Ref, v *splice.Server, why Reason) {
 	e.leavePool(s, v)
-	e.Count.add(why)
+	e.closing(v, why)
 	if v.State == splice.ServerActive && v.Cli != 0 {
 		e.inactive(v)
 	}

@@ -38,8 +38,20 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 			return
 		}
 	}
+	body := p.Payload()
 	end := seq.Add(packet.Size(n)) // of the data
-	limit := end                   // of what belongs to the present request
+	whole := true                  // body is all of the packet's data
+	if n > 0 && seq.Less(c.Epoch.ReqBase) {
+		// Bytes of the request before, repeated: it is answered, so they are
+		// acknowledged; only what is new counts.
+		if end.LessEq(c.Epoch.ReqBase) {
+			e.dupACK(r, c, seq)
+			return
+		}
+		body = body[seq.To(c.Epoch.ReqBase):]
+		seq, n, whole = c.Epoch.ReqBase, len(body), false
+	}
+	limit := end // of what belongs to the present request
 	if c.Flags&splice.ClientReqEndKnown != 0 {
 		limit = packet.MinSeq(end, c.ReqEnd)
 	}
@@ -53,7 +65,7 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 				return
 			}
 		default:
-			fresh := p.Payload()[seq.To(c.RcvNxt):]
+			fresh := body[seq.To(c.RcvNxt):]
 			k, st := c.ReqBody.Feed(fresh, &e.opt.Limits)
 			c.RcvNxt = c.RcvNxt.Add(packet.Size(k))
 			switch st {
@@ -84,7 +96,7 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 	if limit.Less(end) {
 		from := packet.MaxSeq(limit, seq)
 		if from.LessEq(c.RcvNxt) && c.RcvNxt.Less(end) {
-			e.hold(r, c, p.Payload()[seq.To(c.RcvNxt):])
+			e.hold(r, c, body[seq.To(c.RcvNxt):])
 			c.Due = e.now + holdWait
 			e.touchClient(r, c)
 		} else if c.RcvNxt.Less(from) {
@@ -137,17 +149,17 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 		e.resend(r, c, s, v, packet.MaxSeq(v.SndUna, c.Epoch.SeqToServer(seq)))
 		if held.Less(limit) {
 			from := packet.MaxSeq(held, seq)
-			e.partToServer(r, c, s, v, p.Payload()[seq.To(from):size], c.Epoch.SeqToServer(from))
+			e.partToServer(r, c, s, v, body[seq.To(from):size], c.Epoch.SeqToServer(from))
 		}
 	case size < n:
-		e.partToServer(r, c, s, v, p.Payload()[:size], c.Epoch.SeqToServer(seq))
+		e.partToServer(r, c, s, v, body[:size], c.Epoch.SeqToServer(seq))
 	default:
 		if out := c.Epoch.SeqToServer(limit); v.SndEdge.Less(out) && size > 1 {
 			e.Count.add(ReasonBeyondWindow)
 			return
 		}
-		if n > int(v.MSS) && (!ev.GSO || e.narrowServer(v)) {
-			e.partToServer(r, c, s, v, p.Payload(), c.Epoch.SeqToServer(seq))
+		if !whole || n > int(v.MSS) && (!ev.GSO || e.narrowServer(v)) {
+			e.partToServer(r, c, s, v, body, c.Epoch.SeqToServer(seq))
 		} else {
 			e.forwardToServer(r, c, s, v, p, ev, false)
 		}
@@ -199,7 +211,7 @@ func (e *Engine) sideHolds(c *splice.Client, seq packet.Seq) bool {
 		return false
 	}
 	d := e.sides.at(c.Side)
-	return d.sentOK && seq.In(c.Epoch.ReqBase.Sub(HoldWindow), c.Epoch.ReqBase.Add(packet.Size(len(d.held))))
+	return d.sentOK && seq.In(c.Epoch.ReqBase, c.Epoch.ReqBase.Add(packet.Size(len(d.held))))
 }
 
 // clientAcked takes over what a client's acknowledgment proves: it has every

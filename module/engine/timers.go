@@ -85,6 +85,11 @@ func (e *Engine) serverDeadline(v *splice.Server) int64 {
 		if f := e.db.FarmByID(v.Farm); f != nil && f.Pool.IdleTimeout > 0 {
 			d = min(d, v.Idle+f.Pool.IdleTimeout)
 		}
+		if sv := e.db.Server(v.ID); sv != nil {
+			if h := sv.Stats.Horizon.Load(); h != 0 {
+				d = min(d, v.Idle+h)
+			}
+		}
 		if v.HorizonMS != 0 {
 			// Retire before the server does; it counts from its own last byte.
 			h := int64(v.HorizonMS) * millisecond
@@ -263,6 +268,12 @@ func (e *Engine) serverFires(s splice.Ref, v *splice.Server) {
 			e.sendSYN(s, v)
 		}
 	case splice.ServerIdle:
+		if sv := e.db.Server(v.ID); sv != nil {
+			// Nothing was lost by this horizon: try a little more next time.
+			if h := sv.Stats.Horizon.Load(); h != 0 && v.Idle+h <= e.now {
+				sv.Stats.Horizon.CompareAndSwap(h, h+h/64)
+			}
+		}
 		e.closeServer(s, v, ReasonIdleTimeout)
 		return
 	case splice.ServerDraining:

@@ -38,6 +38,10 @@ type ServerStats struct {
 	Closed       [CloseKinds]atomic.Uint64
 	Failed       [FailKinds]atomic.Uint64
 
+	// Horizon is how long the server was seen to keep idle connections, in
+	// nanoseconds with a margin taken off; 0 is unknown.
+	Horizon atomic.Int64
+
 	Open       atomic.Int32 // connections now, those in their handshake too
 	Connecting atomic.Int32 // those in their handshake
 	// Wanted is set by a shard that found max_connections reached while it has

@@ -122,6 +122,9 @@ func TestOtherBodies(t *testing.T) {
 	if n, st := b.Feed([]byte("x"), &lim); n != 0 || st != Done || !b.Complete() || b.Known() != 0 {
 		t.Errorf("none: %d %v", n, st)
 	}
+	if b.Start(BodyLength, 0); !b.Complete() {
+		t.Error("a body of no bytes is not complete from the start")
+	}
 	b.Start(BodyUntilClose, 0)
 	if n, st := b.Feed(make([]byte, 1000), &lim); n != 1000 || st != More || b.Complete() || b.Known() != math.MaxUint64 {
 		t.Errorf("until close: %d %v", n, st)

@@ -65,6 +65,7 @@ const (
 	ClientResponded                           // a byte of the response has passed
 	ClientWaiting                             // stands in the farm's waiting line
 	ClientStop                                // close as soon as nothing runs
+	ClientFresh                               // the next attempt takes a new connection
 	ClientEarlyAck                            // bytes of the held request are acknowledged by us
 )
 

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package config
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+const planBase = `
+source: {addresses: [198.51.100.1, 198.51.100.2]}
+farms:
+  - name: web
+    listen: [203.0.113.10:80, 203.0.113.11:80]
+    servers:
+      - {name: s1, address: 198.51.100.11:80}
+      - {name: s2, address: 198.51.100.12:80, weight: 2}
+    policies: [state, {use: path, config: {routes: [{prefix: /, servers: [s1]}], token: one}}]
+  - name: old
+    listen: 203.0.113.12:80
+    servers: [{name: s1, address: 198.51.100.11:80}]
+plugins:
+  - {name: bandwidth, config: {servers: {s1: {rate: 100Mbit}}}}
+`
+
+func parsed(t *testing.T, text string) *Config {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "weir.yaml")
+	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	cfg, err := Load(LoadOptions{Files: []string{file}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cfg
+}
+
+// TestCompare: every kind of difference, its class and its place.
+func TestCompare(t *testing.T) {
+	next := `
+stop_timeout: 3s
+source: {addresses: [198.51.100.1, 198.51.100.3], ports: 20000-21000}
+farms:
+  - name: new
+    listen: 203.0.113.13:80
+    servers: [{name: s1, address: 198.51.100.11:80}]
+  - name: web
+    listen: [203.0.113.11:80, 203.0.113.14:80]
+    servers:
+      - {name: s3, address: 198.51.100.13:80, weight: 3, backup: true}
+      - {name: s2, address: 198.51.100.12:8080, weight: 1}
+    policies: [{use: path, config: {routes: [{prefix: /, servers: [s2]}], token: two}}, state, load]
+    pool: {max_idle: 7}
+plugins:
+  - {name: bandwidth, config: {servers: {s1: {rate: 200Mbit}, s2: {rate: 1Mbit}}}}
+queue: {first: 100}
+firewall: {mark: 0x11000000/0xff000000}
+log: {level: debug}
+`
+	now := parsed(t, planBase)
+	var got []string
+	for _, c := range Compare(now, parsed(t, next)) {
+		got = append(got, string(c.Class)+" "+c.String())
+		if c.File == "" || c.Line == 0 {
+			t.Errorf("no place: %+v", c)
+		}
+	}
+	want := []string{
+		"hot ~ stop_timeout: 10s -> 3s",
+		"restart - source.addresses[198.51.100.2]",
+		"restart + source.addresses[198.51.100.3]",
+		"restart ~ source.ports: 10240-32767 -> 20000-21000",
+		"drain - farms[old]",
+		"hot + farms[new]: 203.0.113.13:80, 1 server",
+		"drain - farms[web].listen[203.0.113.10:80]",
+		"hot + farms[web].listen[203.0.113.14:80]",
+		"drain - farms[web].servers[s1]",
+		"hot + farms[web].servers[s3]: 198.51.100.13:80, weight 3, backup",
+		"drain ~ farms[web].servers[s2].address: 198.51.100.12:80 -> 198.51.100.12:8080",
+		"hot ~ farms[web].servers[s2].weight: 2 -> 1",
+		"hot ~ farms[web].policies[path].config.routes: [{prefix: /, servers: [s1]}] -> [{prefix: /, servers: [s2]}]",
+		"hot ~ farms[web].policies[path].config.token: (hidden) -> (hidden)",
+		"hot + farms[web].policies[load]",
+		"hot ~ farms[web].policies: state, path -> path, state",
+		"hot ~ farms[web].pool.max_idle: 64 -> 7",
+		"hot ~ plugins[bandwidth].config.servers.s1.rate: 100Mbit -> 200Mbit",
+		"hot + plugins[bandwidth].config.servers.s2: {rate: 1Mbit}",
+		"restart ~ queue.first: 22272 -> 100",
+		"restart ~ firewall.mark: 0x57000000/0xff000000 -> 0x11000000/0xff000000",
+		"hot ~ log.level: info -> debug",
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("(-want +got):\n%s", d)
+	}
+	if p := Compare(now, parsed(t, planBase)); len(p) != 0 {
+		t.Errorf("the same text: %v", p)
+	}
+	// Order alone is no change, but for policies.
+	swapped := strings.NewReplacer("203.0.113.10:80, 203.0.113.11:80", "203.0.113.11:80, 203.0.113.10:80").Replace(planBase)
+	if p := Compare(now, parsed(t, swapped)); len(p) != 0 {
+		t.Errorf("another order: %v", p)
+	}
+}
+
+// TestRestartKeys: what the reference calls a restart is of that class, and
+// nothing else; and a running instance keeps exactly these.
+func TestRestartKeys(t *testing.T) {
+	var walk func(f *field, above bool)
+	walk = func(f *field, above bool) {
+		for _, c := range f.fields {
+			says := above || strings.HasSuffix(c.doc, "Restart.")
+			if got := classOf(c.path, Changed) == Restart; got != says && c.path != "farms" {
+				t.Errorf("%s: class restart %t, the reference says %t", c.path, got, says)
+			}
+			if c.kind == kindSection {
+				walk(c, says)
+			}
+		}
+	}
+	walk(schema, false)
+
+	now := parsed(t, planBase)
+	next := parsed(t, planBase+"queue: {first: 7, shards: 2, gso: false, length: 100}\nadmin: {socket: /tmp/x.sock, metrics: 127.0.0.1:1}\nruntime_dir: /tmp/x\nfirewall: {table: other, mark: 0x1/0x1}\nlog: {level: warn}\n")
+	next.Source = Source{}
+	all := Compare(now, next)
+	if n := len(all.Of(Restart)); n < 9 {
+		t.Fatalf("only %d changes: %v", n, all)
+	}
+	got := Compare(now, WithRestartKeys(now, next))
+	if len(got) != 1 || got[0].Path != "log.level" {
+		t.Errorf("a running instance takes over %v", got)
+	}
+}
+
+// TestParse: what Dump writes is the same configuration.
+func TestParse(t *testing.T) {
+	now := parsed(t, planBase)
+	b, err := now.Dump()
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := Parse("dump", b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p := Compare(now, again); len(p) != 0 {
+		t.Errorf("after Dump and Parse: %v", p)
+	}
+	// A plugin that is only implied makes no line of its own.
+	plain := parsed(t, strings.Replace(planBase, "policies: [state, {use: path", "policies: [{use: path", 1))
+	for _, c := range Compare(plain, again) {
+		if strings.HasPrefix(c.Path, "plugins") {
+			t.Errorf("implied plugin: %v", c)
+		}
+	}
+}
+
+// TestClone: a changed clone leaves the original alone and is checked.
+func TestClone(t *testing.T) {
+	now := parsed(t, planBase)
+	c := now.Clone()
+	c.Farms[0].Servers[0].Weight = 9
+	c.Farms[0].Servers = append(c.Farms[0].Servers, Server{Name: "s9", Address: now.Farms[0].Listen[0], Weight: 1})
+	if now.Farms[0].Servers[0].Weight != 1 || len(now.Farms[0].Servers) != 2 {
+		t.Error("the original changed")
+	}
+	if err := c.Check(); err == nil || !strings.Contains(err.Error(), "is the VIP of farm") {
+		t.Errorf("a server that is a VIP: %v", err)
+	}
+	if err := now.Check(); err != nil {
+		t.Errorf("a good configuration: %v", err)
+	}
+}
