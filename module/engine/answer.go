@@ -193,7 +193,7 @@ func (e *Engine) clientAnswering(r splice.Ref, c *splice.Client, p *packet.TCP, 
 			e.finishClient(r, c)
 			return
 		}
-		e.nextRequest(r, c, d)
+		e.nextRequest(r, c, d, nil, nil)
 		return
 	}
 	if n > 0 {

@@ -540,3 +540,18 @@ func TestRelieve(t *testing.T) {
 	}
 	b.expect("taken", relieve(b), "S1 SYN:7999,0(0)")
 }
+
+// TestNextRequestInPlace: the packet that carries a kept-alive client's next
+// request is itself rewritten; no packet is crafted for it.
+func TestNextRequestInPlace(t *testing.T) {
+	g := newRig(t, oneServer, keepIdle)
+	g.iss = []packet.Seq{1999}
+	seq, a := g.open(c1, 100, 9000)
+	g.client(c1, seg{fl: ack | psh, seq: seq, ack: a, data: get("/a", 50)})
+	g.server(s1, 10240, seg{fl: syn | ack, seq: 499, ack: 2000, opts: sackPermitted})
+	g.server(s1, 10240, seg{fl: ack | psh, seq: 500, ack: 2050, data: resp(200)})
+	g.expect("second", g.client(c1, seg{fl: ack | psh, seq: seq + 50, ack: a + 200, data: get("/b", 60)}), "S1 GET:2050,700(60)")
+	if g.out.Len() != 0 {
+		t.Errorf("%d packets crafted", g.out.Len())
+	}
+}

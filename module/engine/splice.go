@@ -27,7 +27,7 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 			return
 		}
 		e.forwardToServer(r, c, s, v, p, ev, false)
-		e.progress(r, c, s, v)
+		e.progress(r, c, s, v, nil, nil)
 		return
 	}
 	c.Loop = 0
@@ -137,7 +137,7 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 		if e.complete(c, v) {
 			// The ACK rides on the next request if that takes the same
 			// connection, else it is sent at the end of this step.
-			e.progress(r, c, s, v)
+			e.progress(r, c, s, v, p, ev)
 			return
 		}
 		e.bareToServer(r, c, s, v)
@@ -164,7 +164,7 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 			e.forwardToServer(r, c, s, v, p, ev, false)
 		}
 	}
-	e.progress(r, c, s, v)
+	e.progress(r, c, s, v, nil, nil)
 }
 
 // An ACK loop: a wrong number would make two honest TCPs acknowledge each
@@ -401,8 +401,9 @@ func (e *Engine) complete(c *splice.Client, v *splice.Server) bool {
 }
 
 // progress ends the epoch when the exchange is over (FIG 3 step 316: the
-// server connection stays).
-func (e *Engine) progress(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server) {
+// server connection stays). p is the packet under verdict if it may become the
+// next request, or nil.
+func (e *Engine) progress(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server, p *packet.TCP, ev *Event) {
 	if c.State != splice.ClientSpliced {
 		return
 	}
@@ -423,12 +424,12 @@ func (e *Engine) progress(r splice.Ref, c *splice.Client, s splice.Ref, v *splic
 	if v.SndUna.Less(v.ReqEnd) {
 		return
 	}
-	e.release(r, c, s, v)
+	e.release(r, c, s, v, p, ev)
 }
 
 // release ends an epoch: the server connection goes back to the pool or is
 // closed, the client connection waits for its next request or is closed.
-func (e *Engine) release(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server) {
+func (e *Engine) release(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server, p *packet.TCP, ev *Event) {
 	if v.RcvAcked.Less(v.RespEnd) {
 		e.owe(s)
 	}
@@ -447,12 +448,12 @@ func (e *Engine) release(r splice.Ref, c *splice.Client, s splice.Ref, v *splice
 		e.finishClient(r, c)
 		return
 	}
-	e.nextRequest(r, c, d)
+	e.nextRequest(r, c, d, p, ev)
 }
 
 // nextRequest puts a client connection back to waiting for a head. Bytes that
 // came early are looked at at once.
-func (e *Engine) nextRequest(r splice.Ref, c *splice.Client, d *side) {
+func (e *Engine) nextRequest(r splice.Ref, c *splice.Client, d *side, p *packet.TCP, ev *Event) {
 	c.State = splice.ClientHead
 	c.Epoch.ReqBase = c.ReqEnd
 	c.Flags &^= splice.ClientReqEndKnown | splice.ClientEarlyAck | splice.ClientResponded
@@ -470,7 +471,7 @@ func (e *Engine) nextRequest(r splice.Ref, c *splice.Client, d *side) {
 			if c.RcvAcked != c.Epoch.ReqBase && c.Epoch.ReqBase.Less(c.RcvAcked) {
 				c.Flags |= splice.ClientEarlyAck
 			}
-			e.scanHead(r, c, nil, nil)
+			e.scanHead(r, c, p, ev)
 			return
 		}
 		e.freeSide(c)
@@ -564,7 +565,7 @@ func (e *Engine) serverActive(s splice.Ref, v *splice.Server, p *packet.TCP, ev 
 	}
 	e.forwardToClient(r, c, s, v, p, ev, seq, body[:n], cut != 0 || n != p.PayloadLen())
 	e.dropCopies(c, v)
-	e.progress(r, c, s, v)
+	e.progress(r, c, s, v, nil, nil)
 }
 
 // follow feeds in-order bytes of a response to the scanners. It returns false
