@@ -234,7 +234,7 @@ func (m *Module) Run(ctx context.Context) (err error) {
 		return nil
 	})
 	m.setState(control.Ready)
-	m.log.Info("serving", "version", m.opt.Version, "farms", len(m.cfg.Farms), "shards", len(m.shards), "native_queue", kernel.NativeQueue, "owned_table", kernel.Owner)
+	m.log.Info("serving", "version", m.opt.Version, "farms", len(m.cfg.Farms), "shards", len(m.shards)-2, "native_queue", kernel.NativeQueue, "owned_table", kernel.Owner)
 	if m.opt.Ready != nil {
 		m.opt.Ready()
 	}

@@ -249,6 +249,9 @@ func (e *Engine) bind(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Se
 	v.State = splice.ServerActive
 	v.Cli, c.Srv = r, s
 	v.Requests++
+	if sv := e.db.Server(v.ID); sv != nil {
+		sv.Stats.Requests.Add(1)
+	}
 	v.Flags &^= splice.ServerReqSent | splice.ServerReqEnd | splice.ServerRespEnd |
 		splice.ServerHeadDone | splice.ServerUntilClose | splice.ServerPreopened
 	v.SndBase, v.RcvBase, v.RcvHigh = v.SndNxt, v.RcvNxt, v.RcvNxt
@@ -381,7 +384,7 @@ func (e *Engine) resend(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.
 			fl |= packet.PSH
 		}
 		e.sendServer(s, v, fl, seq, d.sent[i:i+n], c)
-		v.SndNxt = packet.MaxSeq(v.SndNxt, seq.Add(packet.Size(n)))
+		e.sent(v, seq.Add(packet.Size(n)))
 		i += n
 	}
 	if c.Flags&splice.ClientEarlyAck != 0 && c.Due == 0 {

@@ -341,12 +341,17 @@ func (e *Engine) Usage() Usage {
 	return u
 }
 
-// Running is the number of client connections with something under way, for a
-// stop that waits for them, and of server connections that are being closed.
-func (e *Engine) Running() (clients, closing int) {
+// Running is, for a stop, the number of client connections with a request or
+// response under way, and of connections of both sides that only wait for
+// their peer's last words.
+func (e *Engine) Running() (busy, closing int) {
 	e.clients.Each(func(_ splice.Ref, c *splice.Client) bool {
-		clients++
+		if c.State == splice.ClientClosing {
+			closing++
+		} else {
+			busy++
+		}
 		return true
 	})
-	return clients, e.servers.Len()
+	return busy, closing + e.servers.Len()
 }

@@ -496,8 +496,6 @@ func (e *Engine) settle(s splice.Ref, v *splice.Server) {
 		why = ReasonMaxRequests
 	case f.Pool.MaxAge > 0 && e.now-v.Opened >= f.Pool.MaxAge:
 		why = ReasonMaxAge
-	case f.Pool.MaxIdle > 0 && sv.Live.Idle.Load() >= int32(f.Pool.MaxIdle):
-		why = ReasonMaxIdle
 	default:
 		e.toPool(s, v)
 		return

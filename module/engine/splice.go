@@ -328,13 +328,27 @@ func (e *Engine) forwardToServer(r splice.Ref, c *splice.Client, s splice.Ref, v
 		}
 	}
 	if n := p.PayloadLen(); n > 0 {
-		v.SndNxt = packet.MaxSeq(v.SndNxt, w.Seq.Add(packet.Size(n)))
+		e.sent(v, w.Seq.Add(packet.Size(n)))
 	}
 	v.RcvAcked = packet.MaxSeq(v.RcvAcked, w.Ack)
 	e.rewrite(p, ev, &w, dirty, v.MSS)
 	if e.owed == s {
 		e.owed = 0
 	}
+}
+
+// sent notes how far data went to a server; what went before does not count
+// again.
+func (e *Engine) sent(v *splice.Server, end packet.Seq) {
+	if !v.SndNxt.Less(end) {
+		return
+	}
+	if sv := e.db.Server(v.ID); sv != nil {
+		n := uint64(v.SndNxt.To(end))
+		sv.Stats.BytesIn.Add(n)
+		sv.Farm.Stats.BytesIn.Add(n)
+	}
+	v.SndNxt = end
 }
 
 // partToServer emits a part of a client's data, already at a server-side
@@ -348,7 +362,7 @@ func (e *Engine) partToServer(r splice.Ref, c *splice.Client, s splice.Ref, v *s
 		}
 		e.sendServer(s, v, packet.ACK|packet.PSH, seq, b[:n], c)
 		seq = seq.Add(packet.Size(n))
-		v.SndNxt = packet.MaxSeq(v.SndNxt, seq)
+		e.sent(v, seq)
 		b = b[n:]
 	}
 }
@@ -559,8 +573,9 @@ func (e *Engine) serverActive(s splice.Ref, v *splice.Server, p *packet.TCP, ev 
 	}
 	if n > 0 {
 		c.Flags |= splice.ClientResponded
-		if f := e.db.FarmByID(v.Farm); f != nil {
-			f.Stats.BytesOut.Add(uint64(n))
+		if sv := e.db.Server(v.ID); sv != nil {
+			sv.Stats.BytesOut.Add(uint64(n))
+			sv.Farm.Stats.BytesOut.Add(uint64(n))
 		}
 	}
 	e.forwardToClient(r, c, s, v, p, ev, seq, body[:n], cut != 0 || n != p.PayloadLen())

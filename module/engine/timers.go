@@ -82,10 +82,14 @@ func (e *Engine) serverDeadline(v *splice.Server) int64 {
 	case splice.ServerConnecting:
 		d = min(d, v.Opened+e.timeouts(v.Farm).Connect)
 	case splice.ServerIdle:
-		if f := e.db.FarmByID(v.Farm); f != nil && f.Pool.IdleTimeout > 0 {
+		f, sv := e.db.FarmByID(v.Farm), e.db.Server(v.ID)
+		if f != nil && f.Pool.IdleTimeout > 0 {
 			d = min(d, v.Idle+f.Pool.IdleTimeout)
 		}
-		if sv := e.db.Server(v.ID); sv != nil {
+		if surplus(f, sv) {
+			d = min(d, v.Idle+surplusLife)
+		}
+		if sv != nil {
 			if h := sv.Stats.Horizon.Load(); h != 0 {
 				d = min(d, v.Idle+h)
 			}
@@ -97,6 +101,15 @@ func (e *Engine) serverDeadline(v *splice.Server) int64 {
 		}
 	}
 	return d
+}
+
+// surplusLife is how long a connection above max_idle stays all the same: when
+// a burst of responses ends, the next requests want these connections at once.
+// The most recently used are taken first, so that the surplus ages.
+const surplusLife = second
+
+func surplus(f *farm.Farm, sv *farm.Server) bool {
+	return f != nil && sv != nil && f.Pool.MaxIdle > 0 && sv.Live.Idle.Load() > f.Pool.MaxIdle
 }
 
 func (e *Engine) touchServer(s splice.Ref, v *splice.Server) {
@@ -268,6 +281,10 @@ func (e *Engine) serverFires(s splice.Ref, v *splice.Server) {
 			e.sendSYN(s, v)
 		}
 	case splice.ServerIdle:
+		if v.Idle+surplusLife <= e.now && surplus(e.db.FarmByID(v.Farm), e.db.Server(v.ID)) {
+			e.closeServer(s, v, ReasonMaxIdle)
+			return
+		}
 		if sv := e.db.Server(v.ID); sv != nil {
 			// Nothing was lost by this horizon: try a little more next time.
 			if h := sv.Stats.Horizon.Load(); h != 0 && v.Idle+h <= e.now {

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/weirgate/weir/module/packet"
+)
+
+// spliced brings a client into a long response.
+func spliced(b testing.TB) (*rig, []byte, []byte) {
+	g := newRig(&testing.T{}, oneServer)
+	g.iss = []packet.Seq{1999}
+	seq, a := g.open(c1, 100, 9000)
+	g.client(c1, seg{fl: ack | psh, seq: seq, ack: a, data: get("/", 50)})
+	g.server(s1, 10240, seg{fl: syn | ack, seq: 499, ack: 2000, opts: sackPermitted})
+	g.server(s1, 10240, seg{fl: ack | psh, seq: 500, ack: 2050, data: "HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n"})
+	return g, g.raw(s1, ep2(10240), seg{fl: ack, seq: 500 + 48, ack: 2050, data: strings.Repeat("x", 1000)}),
+		g.raw(c1, vip, seg{fl: ack, seq: seq + 50, ack: a + 48 + 1000})
+}
+
+func BenchmarkTranslate(b *testing.B) {
+	g, data, acks := spliced(b)
+	buf := make([]byte, 2048)
+	var out Output
+	var ev Event
+	for _, c := range []struct {
+		name string
+		b    []byte
+		st   packet.ChecksumState
+	}{{"data", data, packet.ChecksumVerified}, {"dataUnverified", data, packet.ChecksumUnknown}, {"ack", acks, packet.ChecksumVerified}} {
+		b.Run(c.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				out.Reset()
+				ev = Event{Kind: Packet, Checksum: c.st, Data: buf[:copy(buf, c.b)]}
+				g.e.Step(g.now, &ev, &out)
+			}
+		})
+	}
+}
+
+// BenchmarkExchange is a whole request and response of a kept-alive client:
+// three packets.
+func BenchmarkExchange(b *testing.B) {
+	g := newRig(&testing.T{}, oneServer, keepIdle)
+	g.iss = []packet.Seq{1999}
+	seq, a := g.open(c1, 100, 9000)
+	g.client(c1, seg{fl: ack | psh, seq: seq, ack: a, data: get("/", 100)})
+	g.server(s1, 10240, seg{fl: syn | ack, seq: 499, ack: 2000, opts: sackPermitted})
+	sseq, sack := packet.Seq(500), packet.Seq(2100)
+	body := resp(1000)
+	req := get("/", 100)
+	var out Output
+	var ev Event
+	buf := make([]byte, 4096)
+	step := func(p []byte) {
+		out.Reset()
+		ev = Event{Kind: Packet, Checksum: packet.ChecksumVerified, Data: buf[:copy(buf, p)]}
+		g.e.Step(g.now, &ev, &out)
+	}
+	rt := g.raw(s1, ep2(10240), seg{fl: ack | psh, seq: 0, ack: 0, data: body})
+	ct := g.raw(c1, vip, seg{fl: ack | psh, seq: 0, ack: 0, data: req})
+	b.ReportAllocs()
+	for b.Loop() {
+		set(rt, sseq, sack)
+		step(rt)
+		sseq, sack = sseq+1000, sack+100
+		seq, a = seq+100, a+1000
+		set(ct, seq, a)
+		step(ct)
+		if ev.Verdict != Rewrite {
+			b.Fatal("not rewritten")
+		}
+	}
+}
+
+func set(b []byte, seq, ack packet.Seq) {
+	for i := range 4 {
+		b[24+i] = byte(seq >> (24 - 8*i))
+		b[28+i] = byte(ack >> (24 - 8*i))
+	}
+}
