@@ -35,6 +35,8 @@ missing=()
 # need PROGRAM PACKAGE
 need() { have "$1" || missing+=("$2"); }
 need nginx nginx-light # the servers behind the router
+need apache2 apache2-bin
+need haproxy haproxy # what the comparisons compare with
 need curl curl         # clients
 need ab apache2-utils
 need wrk wrk
@@ -84,7 +86,7 @@ else
   rm -f "$tmp"
 fi
 if [ -z "$ours" ]; then
-  for service in nginx apache2; do
+  for service in nginx apache2 haproxy; do
     rc=0
     "$policy" "$service" start >/dev/null 2>&1 || rc=$?
     if [ "$rc" -ne 101 ]; then

@@ -24,7 +24,7 @@ var rules = []rule{
 	// The command line, and what joins it to the parts that act on the host.
 	{dirs: []string{"internal/cli"}, may: []string{"module/config", "module/control"}, tests: []string{"module"}},
 	{dirs: []string{"internal/hooks"}, may: []string{"internal/cli", "module", "nft", "plugins/host", "policies", "integration/demo"}},
-	{dirs: []string{"internal/require", "internal/structure", "internal/cmd", "internal/build"}},
+	{dirs: []string{"internal/require", "internal/structure", "internal/cmd", "internal/build", "internal/filelock"}},
 	{dirs: []string{"module/packet", "module/http1", "policies/snapshot", "policies/policypb"}},
 	// The contract: a plugin's author gets these and nothing of the module.
 	{dirs: []string{"policies"}, may: []string{"policies"}, tests: []string{"plugins"}},
@@ -38,7 +38,7 @@ var rules = []rule{
 	{dirs: []string{"module/engine"}, may: []string{"module/packet", "module/http1", "module/farm", "module/flowstore", "module/splice", "module/pool", "policies/snapshot"}},
 	{dirs: []string{"module/divert"}, may: []string{"module/packet"}, tests: []string{"integration/lab", "nft"}},
 	// The rest of the module, control and the root that wires everything.
-	{dirs: []string{"module"}, may: []string{"module", "nft", "plugins/host", "policies"}, tests: []string{"integration/lab"}},
+	{dirs: []string{"module"}, may: []string{"internal/filelock", "module", "nft", "plugins/host", "policies"}, tests: []string{"integration/lab"}},
 	{dirs: []string{"cmd"}, may: []string{"internal/cli", "internal/hooks"}},
 	{dirs: []string{"integration"}, may: []string{"integration", "module", "nft", "plugins/host", "policies", "internal/require"}},
 }

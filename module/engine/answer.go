@@ -28,53 +28,13 @@ type reply struct {
 	close    bool // the framing is lost: the connection cannot be kept
 }
 
-// statusText has the reason phrases (RFC 9110 section 15).
-func statusText(status int) string {
-	switch status {
-	case 301:
-		return "Moved Permanently"
-	case 302:
-		return "Found"
-	case 303:
-		return "See Other"
-	case 307:
-		return "Temporary Redirect"
-	case 308:
-		return "Permanent Redirect"
-	case 400:
-		return "Bad Request"
-	case 403:
-		return "Forbidden"
-	case 404:
-		return "Not Found"
-	case 408:
-		return "Request Timeout"
-	case 414:
-		return "URI Too Long"
-	case 429:
-		return "Too Many Requests"
-	case 431:
-		return "Request Header Fields Too Large"
-	case 501:
-		return "Not Implemented"
-	case 502:
-		return "Bad Gateway"
-	case 503:
-		return "Service Unavailable"
-	case 504:
-		return "Gateway Timeout"
-	case 505:
-		return "HTTP Version Not Supported"
-	}
-	return "Refused"
-}
-
 // refuse answers a request whose head cannot be trusted.
 func (e *Engine) refuse(r splice.Ref, c *splice.Client, d *side) {
 	status := d.req.Reason.HTTPStatus()
 	if status == 0 {
 		status = 400
 	}
+	e.Count.add(refused(d.req.Reason))
 	e.answer(r, c, reply{status: status, close: true})
 }
 
@@ -83,6 +43,7 @@ func (e *Engine) refuse(r splice.Ref, c *splice.Client, d *side) {
 // certain and nothing of the request is still to come.
 func (e *Engine) answer(r splice.Ref, c *splice.Client, a reply) {
 	e.Count.add(ReasonOwnAnswer)
+	e.Count.add(answered(a.status))
 	if f := e.db.FarmByID(c.Farm); f != nil {
 		f.Stats.OwnAnswers.Add(1)
 		e.leaveLine(c, f)
@@ -92,8 +53,14 @@ func (e *Engine) answer(r splice.Ref, c *splice.Client, a reply) {
 	if !known || c.RcvNxt.Less(c.ReqEnd) || c.Flags&(splice.ClientWantClose|splice.ClientReqBad) != 0 || e.stopping {
 		a.close = true
 	}
-	head := c.HeadLen > 0 && d.req.Method == http1.HEAD
-	d.answer = appendAnswer(d.answer[:0], a, head)
+	// An answer to HEAD has no body (RFC 9110 section 9.3.2), to a head that
+	// was refused behind its method too. The side may be a new one: the record
+	// has the method of a complete head.
+	method := d.req.Method
+	if c.HeadLen > 0 {
+		method = c.Method
+	}
+	d.answer = appendAnswer(d.answer[:0], a, method == http1.HEAD)
 	c.AnswerSeq = c.SndNxt
 	c.SndNxt = c.SndNxt.Add(packet.Size(len(d.answer)))
 	c.Srv = 0
@@ -268,6 +235,7 @@ func (e *Engine) resetClient(r splice.Ref, c *splice.Client, why Reason) {
 			Src: k.Dst, Dst: k.Src, Seq: c.SndUna, Ack: c.RcvNxt, Flags: packet.RST | packet.ACK, TTL: 64,
 		}, nil)
 	}
+	c.Flags |= splice.ClientWasReset
 	e.removeClient(r, c)
 }
 
@@ -280,7 +248,11 @@ func (e *Engine) removeClient(r splice.Ref, c *splice.Client) {
 	e.freeSide(c)
 	e.kepts.drop(&c.Kept)
 	e.wheel.clear(e.clientTimer(r))
-	e.tombs.Put(flowBrief(e.clients.Key(r), c.IRS, c.ISS, 0), e.seconds())
+	var how options
+	if c.Flags&splice.ClientWasReset != 0 {
+		how = tombReset
+	}
+	e.tombs.Put(flowBrief(e.clients.Key(r), c.IRS, c.ISS, how), e.seconds())
 	e.armSweep()
 	c.State = splice.ClientFree
 	e.clients.Remove(r)
@@ -290,12 +262,17 @@ func flowBrief(k *packet.Tuple, irs, iss packet.Seq, opt options) flowstore.Brie
 	return flowstore.Brief{Key: *k, IRS: irs, ISS: iss, Options: uint8(opt)}
 }
 
+// tombReset marks the tombstone of a connection that we reset.
+const tombReset options = 1
+
 // tombstoned answers a segment of a connection that is over: a repeated FIN
-// gets its ACK again, data a reset, a bare ACK nothing.
-func (e *Engine) tombstoned(key *packet.Tuple, p *packet.TCP) {
+// gets its ACK again, data a reset, a bare ACK nothing. Where we reset the
+// connection, anything is answered with a reset: ours may have been lost, or
+// have missed the number that the client expected (RFC 5961 section 3.2).
+func (e *Engine) tombstoned(key *packet.Tuple, p *packet.TCP, reset bool) {
 	e.Count.add(ReasonTombstone)
 	switch {
-	case p.PayloadLen() > 0:
+	case p.PayloadLen() > 0 || reset:
 		e.statelessReset(key, p)
 	case p.Flags().Has(packet.FIN):
 		e.out.segment(&packet.Segment{

@@ -3,6 +3,7 @@
 package engine
 
 import (
+	"github.com/weirgate/weir/module/flowstore"
 	"github.com/weirgate/weir/module/http1"
 	"github.com/weirgate/weir/module/packet"
 	"github.com/weirgate/weir/module/pool"
@@ -47,22 +48,27 @@ func (e *Engine) fromClient(key *packet.Tuple, p *packet.TCP, ev *Event) {
 	// RFC 9293 section 3.10.7.4, fifth: an acknowledgment of what was never
 	// sent is answered and dropped. It must not mark a response complete.
 	ack := p.Ack()
-	if c.SndNxt.Less(ack) || ack.Less(c.SndUna.Sub(maxWindow)) {
+	if !ack.In(c.SndUna.Sub(nearby), c.SndNxt.Add(1)) || !p.Seq().In(c.RcvNxt.Sub(nearby), c.RcvNxt.Add(nearby)) {
 		if e.reincarnated(key, c, p) {
 			e.Count.add(ReasonReincarnated)
 			e.dropClient(r, c)
 			e.fromClient(key, p, ev)
 			return
 		}
+	}
+	if c.SndNxt.Less(ack) || ack.Less(c.SndUna.Sub(maxWindow)) {
 		e.Count.add(ReasonAckBeyond)
 		e.challengeClient(r, c)
 		return
+	}
+	// Keep-alive and window probes are no sign of progress.
+	if c.SndUna.Less(ack) || p.PayloadLen() > 0 || fl.Has(packet.FIN) {
+		c.Last = e.now
 	}
 	if c.SndUna.LessEq(ack) {
 		c.SndUna = ack
 		c.SndWnd = splice.TrueWindow(p.Window(), c.Scale)
 	}
-	c.Last = e.now
 	switch c.State {
 	case splice.ClientSpliced:
 		e.clientSpliced(r, c, p, ev)
@@ -82,6 +88,11 @@ func (e *Engine) reincarnated(key *packet.Tuple, c *splice.Client, p *packet.TCP
 	isn, iss := p.Seq().Sub(1), p.Ack().Sub(1)
 	return isn != c.IRS && iss != c.ISS && e.fresh(key, isn, iss)
 }
+
+// nearby is how far from the present place a segment's numbers may lie without
+// a look at its cookie: the numbers of a new incarnation can be as near as that
+// to those of the old one, but not both.
+const nearby = packet.Size(64 << 10)
 
 // maxWindow is the largest window that a scale can express (RFC 7323).
 const maxWindow = packet.Size(1 << 30)
@@ -105,13 +116,20 @@ func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
 	isn, iss := p.Seq().Sub(1), p.Ack().Sub(1)
 	if b := e.tombs.Get(key, e.seconds()); b != nil {
 		if b.IRS == isn || b.ISS == iss || !e.fresh(key, isn, iss) {
-			e.tombstoned(key, p)
+			e.tombstoned(key, p, options(b.Options) == tombReset)
 			return 0
 		}
 	}
 	opt, ok := options(0), false
 	octave := uint8(0)
-	if b := e.embryos.Get(key, e.seconds()); b != nil && b.ISS == iss && isn.In(b.IRS, b.IRS.Add(HoldWindow)) {
+	if b := e.embryos.Get(key, e.seconds()); b != nil && b.ISS == iss && isn.Add(1) == b.IRS && p.PayloadLen() == 0 {
+		// A preconnected client's keep-alive probe (RFC 9293 section 3.8.4).
+		e.out.segment(&packet.Segment{
+			Src: key.Dst, Dst: key.Src, Seq: p.Ack(), Ack: b.IRS.Add(1), Flags: packet.ACK,
+			Window: splice.WindowField(HoldWindow, embryoShift(b)), TTL: 64,
+		}, nil)
+		return 0
+	} else if b != nil && b.ISS == iss && isn.In(b.IRS, b.IRS.Add(HoldWindow)) {
 		// The first data segment, or one that overtook it.
 		opt, ok, octave = options(b.Options), true, b.Octave
 		isn = b.IRS
@@ -132,6 +150,9 @@ func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
 	}
 	if p.PayloadLen() == 0 {
 		if fl.Has(packet.FIN) {
+			if p.Seq() != isn.Add(1) {
+				return 0 // it overtook data, which must not be acknowledged
+			}
 			// Connected and gone without a word: answered without state.
 			e.Count.add(ReasonStatelessFIN)
 			e.out.segment(&packet.Segment{
@@ -141,7 +162,7 @@ func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
 			e.embryos.Remove(key)
 			return 0
 		}
-		if e.embryos.Get(key, e.seconds()) == nil {
+		if b := e.embryos.Get(key, e.seconds()); b == nil || b.IRS != isn || b.ISS != iss {
 			b := flowBrief(key, isn, iss, opt)
 			b.Octave = octave
 			e.embryos.Put(b, e.seconds())
@@ -175,6 +196,14 @@ func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
 	return r
 }
 
+// embryoShift is the window shift toward a preconnected client.
+func embryoShift(b *flowstore.Brief) uint8 {
+	if options(b.Options).scale() == splice.NoScale {
+		return splice.NoScale
+	}
+	return splice.ScaleToClient
+}
+
 // clientMSS bounds what we send to clients by what our own side of the path
 // takes.
 func (e *Engine) clientMSS(p *packet.TCP) uint16 {
@@ -188,6 +217,9 @@ func (e *Engine) clientMSS(p *packet.TCP) uint16 {
 // incarnation. Both numbers must differ from the old ones: every duplicate of
 // the old first segment has a valid cookie too, and would run a request twice.
 func (e *Engine) fresh(key *packet.Tuple, isn, iss packet.Seq) bool {
+	if b := e.embryos.Get(key, e.seconds()); b != nil && b.ISS == iss && isn.In(b.IRS, b.IRS.Add(HoldWindow)) {
+		return true // its handshake was validated while its cookie lived
+	}
 	_, ok := e.opt.Handshake.Validate(key, isn, iss, e.now)
 	return ok
 }
@@ -210,7 +242,7 @@ func (e *Engine) clientHeld(r splice.Ref, c *splice.Client, p *packet.TCP, ev *E
 		return
 	}
 	if c.RcvNxt.Less(seq) {
-		if int(c.RcvNxt.To(seq)) > e.holdCap() {
+		if int(c.RcvNxt.To(seq)) > e.holdCap(c) {
 			e.Count.add(ReasonOutOfWindow)
 			e.challengeClient(r, c)
 			return
@@ -253,7 +285,7 @@ func (e *Engine) hold(r splice.Ref, c *splice.Client, b []byte) {
 	d := e.sideOf(c)
 	// The advertised window is never larger than what is left of this, so an
 	// honest client does not reach it.
-	room := e.holdCap() - len(d.held) - len(d.next)
+	room := e.holdCap(c) - len(d.held) - len(d.next)
 	if len(b) > room {
 		e.Count.add(ReasonBeyondWindow)
 		b = b[:max(room, 0)]
@@ -284,7 +316,7 @@ func (e *Engine) hold(r splice.Ref, c *splice.Client, b []byte) {
 // followBody moves the body cursor over held bytes from index i on and, when
 // the end of the request is found, splits what follows off into next.
 func (e *Engine) followBody(c *splice.Client, d *side, i int) {
-	n, st := c.ReqBody.Feed(d.held[i:], &e.opt.Limits)
+	n, st := c.ReqBody.Feed(d.held[i:], e.limits(c.Farm))
 	switch st {
 	case http1.Done:
 		c.ReqEnd = c.Epoch.ReqBase.Add(packet.Size(i + n))
@@ -297,14 +329,14 @@ func (e *Engine) followBody(c *splice.Client, d *side, i int) {
 }
 
 // holdCap is how many bytes are held of one client at most.
-func (e *Engine) holdCap() int { return int(e.opt.Limits.Head) + HoldWindow }
+func (e *Engine) holdCap(c *splice.Client) int { return int(e.limits(c.Farm).Head) + HoldWindow }
 
 // scanHead scans what is held of a head. p is the packet under verdict that
 // brought the last bytes, or nil.
 func (e *Engine) scanHead(r splice.Ref, c *splice.Client, p *packet.TCP, ev *Event) {
 	d := e.sideOf(c)
 	from := d.scanned
-	n, st := d.req.Scan(d.held[from:], &e.opt.Limits, nil)
+	n, st := d.req.Scan(d.held[from:], e.limits(c.Farm), nil)
 	d.scanned += n
 	switch st {
 	case http1.More:
@@ -419,7 +451,7 @@ func (e *Engine) clientWindow(c *splice.Client) uint16 {
 	room := HoldWindow
 	if c.Side != 0 {
 		d := e.sides.at(c.Side)
-		room = min(room, e.holdCap()-len(d.held)-len(d.next))
+		room = min(room, e.holdCap(c)-len(d.held)-len(d.next))
 	}
 	return splice.WindowField(uint32(max(room, 0)), toClientShift(c))
 }

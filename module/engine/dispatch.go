@@ -38,7 +38,7 @@ func (e *Engine) request(r splice.Ref, c *splice.Client, d *side, p *packet.TCP,
 	c.Attempts = 0
 	d.tried.Reset()
 	c.Flags &^= splice.ClientResponded | splice.ClientReqBad | splice.ClientReqEndKnown |
-		splice.ClientIdempotent | splice.ClientWantClose | splice.ClientFresh
+		splice.ClientIdempotent | splice.ClientWantClose | splice.ClientFresh | splice.ClientUpgrade | splice.ClientExpect
 	c.ReqBody.Start(h.Body, h.Length)
 	switch {
 	case h.Body == http1.BodyNone:
@@ -58,9 +58,31 @@ func (e *Engine) request(r splice.Ref, c *splice.Client, d *side, p *packet.TCP,
 	if h.Close || h.Minor == 0 && !h.KeepAlive || h.Outcome == http1.Isolate {
 		c.Flags |= splice.ClientWantClose
 	}
+	if h.Upgrade {
+		c.Flags |= splice.ClientUpgrade
+	}
+	if h.Expect {
+		c.Flags |= splice.ClientExpect
+	}
 	c.State = splice.ClientBinding
 	c.Due = c.Started + holdWait
+	if c.Flags&splice.ClientFINSeen != 0 && (c.Flags&splice.ClientReqEndKnown == 0 || c.CliFIN.Less(c.ReqEnd)) {
+		// It was pipelined, and the client's FIN stands inside it: it can
+		// never be completed.
+		e.Count.add(ReasonAbortedRequest)
+		e.resetHeld(r, c)
+		return
+	}
+	if c.Flags&splice.ClientReqBad != 0 {
+		e.refuseBody(r, c)
+		return
+	}
 	if f := e.db.FarmByID(c.Farm); f != nil {
+		if why := e.screen(r, f, d); why != ReasonNone {
+			e.Count.add(why)
+			e.answer(r, c, reply{status: 400})
+			return
+		}
 		f.Stats.Requests.Add(1)
 	}
 	e.dispatch(r, c, p, ev)
@@ -246,6 +268,7 @@ const maxStuck = 16
 // what is held, it is rewritten in place; else the bytes are emitted.
 func (e *Engine) bind(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server, p *packet.TCP, ev *Event) {
 	d := e.sides.at(c.Side)
+	e.keepPace(c)
 	v.State = splice.ServerActive
 	v.Cli, c.Srv = r, s
 	v.Requests++
@@ -271,7 +294,7 @@ func (e *Engine) bind(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Se
 	e.touchServer(s, v)
 	e.touchClient(r, c)
 
-	if p != nil && c.Epoch.InsLen == 0 && len(d.next) == 0 && p.Seq() == c.Epoch.ReqBase &&
+	if p != nil && c.Epoch.InsLen == 0 && len(d.next) == 0 && e.sendable(c, d) == len(d.sent) && p.Seq() == c.Epoch.ReqBase &&
 		p.PayloadLen() == len(d.held) && (ev.GSO || p.PayloadLen() <= int(v.MSS)) && e.fits(v, packet.Size(len(d.sent))) {
 		changed := &d.sent[0] != &d.held[0]
 		if changed {
@@ -304,8 +327,10 @@ func (e *Engine) overlay(r splice.Ref, c *splice.Client, d *side) {
 	h := &d.req
 	d.sent, d.sentOK = d.held, true
 	var mode farm.ForwardedMode
+	trusted := false
 	if f := e.db.FarmByID(c.Farm); f != nil {
 		mode = f.Forwarded
+		trusted = f.Trusts(e.clients.Key(r).Src.Addr)
 	}
 	insertKeepAlive := h.Minor == 0 && !h.KeepAlive && h.Outcome == http1.Accept
 	if !insertKeepAlive && h.NConn == 0 && mode == farm.ForwardedNone {
@@ -320,7 +345,13 @@ func (e *Engine) overlay(r splice.Ref, c *splice.Client, d *side) {
 		out = append(out, keepAlive...)
 	}
 	if mode != farm.ForwardedNone {
+		// What a proxy in front says is kept, and comes first: several lines
+		// are one list (RFC 9110 section 5.3). Anybody else could claim to be
+		// somebody, in either of the two fields.
 		for i := range min(int(h.NForwarded), len(h.ForwardedNames)) {
+			if trusted {
+				break
+			}
 			name := h.ForwardedNames[i].Of(out)
 			if len(name) == len(neutralXFF) {
 				copy(name, neutralXFF)
@@ -369,8 +400,9 @@ func (e *Engine) resend(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.
 	}
 	base := v.SndBase
 	i := int(base.To(from))
-	for i < len(d.sent) {
-		n := min(len(d.sent)-i, int(v.MSS))
+	size := e.sendable(c, d)
+	for i < size {
+		n := min(size-i, int(v.MSS))
 		seq := base.Add(packet.Size(i))
 		if end := seq.Add(packet.Size(n)); v.SndEdge.Less(end) {
 			if v.SndEdge.LessEq(seq) {
@@ -380,7 +412,7 @@ func (e *Engine) resend(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.
 			n = int(seq.To(v.SndEdge))
 		}
 		fl := packet.ACK
-		if i+n == len(d.sent) {
+		if i+n == size {
 			fl |= packet.PSH
 		}
 		e.sendServer(s, v, fl, seq, d.sent[i:i+n], c)

@@ -143,17 +143,20 @@ type Engine struct {
 	wheel   wheel
 	waits   map[uint16]*line // by farm ID
 
-	now      int64
-	out      *Output
-	rnd      uint64
-	owed     splice.Ref // a server connection to which an ACK is owed at the end of this step
-	wakes    []uint16   // farms whose waiting line may move
-	scratch  snapshot.Scratch
-	skip     snapshot.Tried // servers without capacity for the request at hand
-	opts     [40]byte       // option bytes of a crafted segment
-	rstSlot  int64          // rate limit of stateless resets: second
-	rstCount int
-	stopping bool
+	now     int64
+	out     *Output
+	rnd     uint64
+	owed    splice.Ref // a server connection to which an ACK is owed at the end of this step
+	wakes   []uint16   // farms whose waiting line may move
+	scratch snapshot.Scratch
+	// limitsOf is the farm whose limits farmLimits holds, see limits.
+	limitsOf   *farm.Farm
+	farmLimits http1.Limits
+	skip       snapshot.Tried // servers without capacity for the request at hand
+	opts       [40]byte       // option bytes of a crafted segment
+	rstSlot    int64          // rate limit of stateless resets: second
+	rstCount   int
+	stopping   bool
 	// preopening: the timer for min_idle is in order for the present database.
 	preopening bool
 

@@ -555,3 +555,16 @@ func TestNextRequestInPlace(t *testing.T) {
 		t.Errorf("%d packets crafted", g.out.Len())
 	}
 }
+
+// TestResetIsRepeated: a client that did not get our reset gets it when it
+// says something.
+func TestResetIsRepeated(t *testing.T) {
+	g := newRig(t, oneServer)
+	g.iss = []packet.Seq{1999}
+	seq, a := g.open(c1, 100, 9000)
+	g.client(c1, seg{fl: ack | psh, seq: seq, ack: a, data: get("/", 50)})
+	g.server(s1, 10240, seg{fl: syn | ack, seq: 499, ack: 2000, opts: sackPermitted})
+	g.server(s1, 10240, seg{fl: ack | psh, seq: 500, ack: 2050, data: resp(1000)[:700]})
+	g.server(s1, 10240, seg{fl: rst | ack, seq: 1200, ack: 2050})
+	g.expect("challenge ACK", g.client(c1, seg{fl: ack, seq: seq + 50, ack: a + 300}), "C1 RST:9301,0(0)")
+}

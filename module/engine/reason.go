@@ -5,6 +5,7 @@ package engine
 import (
 	"sync/atomic"
 
+	"github.com/weirgate/weir/module/http1"
 	"github.com/weirgate/weir/module/packet"
 )
 
@@ -88,8 +89,79 @@ const (
 	// an operator's doing
 	ReasonKilled
 	ReasonVIPGone
-	reasonCount
+	// framing: what became of exchanges that are not plain
+	ReasonRouteUnsafe
+	ReasonForwardedFields
+	ReasonBodyRefused
+	ReasonSlowBody
+	ReasonExpectHeld
+	ReasonUnaskedSwitch
+	ReasonTunnel
+	ReasonTunnelSilent
+	ReasonPrivate
+	ReasonPrivateReused
+	ReasonFramingKept
+	ReasonStuckInDoubt
+	// own answers, by status
+	ReasonAnswer400
+	ReasonAnswer404
+	ReasonAnswer408
+	ReasonAnswer414
+	ReasonAnswer431
+	ReasonAnswer501
+	ReasonAnswer502
+	ReasonAnswer503
+	ReasonAnswer504
+	ReasonAnswer505
+	ReasonAnswerRedirect
+	ReasonAnswerOther
+	// requests refused by the scanner, one for each http1.Reason
+	reasonRefused
 )
+
+// refusedRoom is how many reasons of package http1 there may be.
+const refusedRoom = 96
+
+const reasonCount = reasonRefused + refusedRoom
+
+// refused is the counter of requests that were refused for that reason.
+func refused(why http1.Reason) Reason { return reasonRefused + Reason(why) }
+
+func init() {
+	for i := range http1.Reasons() {
+		reasonNames[reasonRefused+Reason(i)] = "refused-" + http1.Reason(i).String()
+	}
+}
+
+// answered is the counter of own answers with that status.
+func answered(status int) Reason {
+	switch status {
+	case 400:
+		return ReasonAnswer400
+	case 404:
+		return ReasonAnswer404
+	case 408:
+		return ReasonAnswer408
+	case 414:
+		return ReasonAnswer414
+	case 431:
+		return ReasonAnswer431
+	case 501:
+		return ReasonAnswer501
+	case 502:
+		return ReasonAnswer502
+	case 503:
+		return ReasonAnswer503
+	case 504:
+		return ReasonAnswer504
+	case 505:
+		return ReasonAnswer505
+	}
+	if status/100 == 3 {
+		return ReasonAnswerRedirect
+	}
+	return ReasonAnswerOther
+}
 
 var reasonNames = [reasonCount]string{
 	"none",
@@ -105,11 +177,15 @@ var reasonNames = [reasonCount]string{
 	"accepted", "retransmitted", "drained", "waited", "waiting-full", "wait-timeout", "no-port", "surge", "preopened",
 	"icmp-translated", "icmp-foreign", "icmp-ignored", "ack-loop", "reincarnated",
 	"killed", "vip-gone",
+	"route-unsafe", "forwarded-fields", "body-refused", "slow-body", "expect-held", "unasked-switch",
+	"tunnel", "tunnel-silent", "private", "private-reused", "framing-kept", "stuck-in-doubt",
+	"answer-400", "answer-404", "answer-408", "answer-414", "answer-431", "answer-501", "answer-502", "answer-503",
+	"answer-504", "answer-505", "answer-redirect", "answer-other",
 }
 
 // String returns the reason's name as counters and logs show it.
 func (r Reason) String() string {
-	if int(r) < len(reasonNames) {
+	if int(r) < len(reasonNames) && reasonNames[r] != "" {
 		return reasonNames[r]
 	}
 	return "unknown"

@@ -66,6 +66,7 @@ func (e *Engine) fromServer(key *packet.Tuple, p *packet.TCP, ev *Event) {
 		e.challengeServer(s, v)
 		return
 	}
+	news := v.SndUna.Less(ack) || p.PayloadLen() > 0 || fl.Has(packet.FIN)
 	if v.SndUna.LessEq(ack) {
 		v.SndUna = ack
 		if edge := ack.Add(packet.Size(splice.TrueWindow(p.Window(), v.Scale))); v.SndEdge.Less(edge) {
@@ -75,7 +76,9 @@ func (e *Engine) fromServer(key *packet.Tuple, p *packet.TCP, ev *Event) {
 	switch v.State {
 	case splice.ServerActive:
 		c := e.clients.At(v.Cli)
-		v.Last = e.now
+		if news {
+			v.Last = e.now
+		}
 		e.serverAcked(c, v)
 		e.dropCopies(c, v)
 		e.serverActive(s, v, p, ev)

@@ -22,6 +22,10 @@ type side struct {
 	edited []byte // memory of such a copy
 	// next are bytes after the end of the present request (pipelining).
 	next []byte
+	// frames are the framing bytes of a chunked body, in order, from the first
+	// one on that the server has not acknowledged; see feedBody.
+	frames     []frame
+	frameBytes []byte
 	// answer is the engine's own response.
 	answer []byte
 
@@ -62,6 +66,7 @@ func (s *sides) at(i uint32) *side { return s.list[i] }
 func (s *sides) put(i uint32) {
 	d := s.list[i]
 	d.held, d.edited, d.next, d.answer = trim(d.held), trim(d.edited), trim(d.next), trim(d.answer)
+	d.frames, d.frameBytes = d.frames[:0], trim(d.frameBytes)
 	d.sent = nil
 	d.sentOK, d.scanned, d.why = false, 0, ReasonNone
 	s.free = append(s.free, i)

@@ -66,7 +66,7 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 			}
 		default:
 			fresh := body[seq.To(c.RcvNxt):]
-			k, st := c.ReqBody.Feed(fresh, &e.opt.Limits)
+			k, st := c.ReqBody.Feed(fresh, e.limits(c.Farm))
 			c.RcvNxt = c.RcvNxt.Add(packet.Size(k))
 			switch st {
 			case http1.More:
@@ -562,11 +562,15 @@ func (e *Engine) serverActive(s splice.Ref, v *splice.Server, p *packet.TCP, ev 
 			e.Count.add(ReasonExtraBytes)
 			return
 		}
+		// A bare ACK may stand behind the server's FIN.
+		seq = packet.MinSeq(seq, v.RespEnd)
 		n = int(seq.To(v.RespEnd))
 		end = v.RespEnd
 		fin = false
 	}
-	v.RcvHigh = packet.MaxSeq(v.RcvHigh, end)
+	if n > 0 {
+		v.RcvHigh = packet.MaxSeq(v.RcvHigh, end)
+	}
 
 	if fin && !e.serverFINActive(r, c, s, v, p, end) {
 		return
@@ -754,11 +758,19 @@ func (e *Engine) forwardToClient(r splice.Ref, c *splice.Client, s splice.Ref, v
 	}
 	w.Ack = packet.MaxSeq(w.Ack, c.RcvAcked)
 	c.RcvAcked = w.Ack
-	window := splice.TrueWindow(p.Window(), v.Scale)
-	if c.Epoch.InsLen != 0 && v.SndUna.LessEq(c.Epoch.SndBase.Add(packet.Size(c.Epoch.InsOff))) {
-		// What is inserted takes its place in the server's window; Linux drops
-		// a whole segment that reaches beyond it (measured on 6.18).
-		window -= min(window, c.Epoch.InsLen)
+	// The server's right edge is what counts: its segment may be older than
+	// the acknowledgment that goes out with it, the engine may have
+	// acknowledged more (bytes that it holds), and what is inserted takes its
+	// place in the server's window (Linux drops a whole segment that reaches
+	// beyond it, measured on 6.18).
+	window := uint32(0)
+	if edge := c.Epoch.AckToClient(p.Ack().Add(packet.Size(splice.TrueWindow(p.Window(), v.Scale)))); w.Ack.Less(edge) {
+		window = uint32(w.Ack.To(edge))
+	}
+	if c.Flags&splice.ClientReqEndKnown != 0 && c.ReqEnd.Less(w.Ack) {
+		// The next request is acknowledged, and it is ours to hold: the
+		// server's window does not count for it.
+		window = min(window, HoldWindow)
 	}
 	last := v.Flags&splice.ServerRespEnd != 0 && v.RespEnd.LessEq(end)
 	if last {
@@ -774,7 +786,13 @@ func (e *Engine) forwardToClient(r splice.Ref, c *splice.Client, s splice.Ref, v
 		}
 	}
 	w.Window = splice.WindowField(window, toClientShift(c))
-	c.SndNxt = packet.MaxSeq(c.SndNxt, c.Epoch.SeqToClient(end))
+	if len(b) == 0 && !w.Flags.Has(packet.FIN) {
+		// A bare ACK may stand behind data or a FIN that did not come yet; it
+		// is no proof of them, and the next answer begins where this one ends.
+		w.Seq = packet.MinSeq(w.Seq, c.SndNxt)
+	} else {
+		c.SndNxt = packet.MaxSeq(c.SndNxt, c.Epoch.SeqToClient(end))
+	}
 	if cut || len(b) > int(c.MSS) && (!ev.GSO || c.MSS < pool.Class(v.Class).MSS()) {
 		e.pieces(&w, b, int(c.MSS))
 		return

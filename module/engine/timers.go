@@ -40,7 +40,7 @@ func (e *Engine) clientDeadline(r splice.Ref, c *splice.Client) int64 {
 		if c.Side != 0 {
 			d = min(d, c.Started+t.Head)
 		} else {
-			d = min(d, c.Last+t.Idle)
+			d = min(d, c.Started+t.Idle) // keep-alive probes do not postpone it
 		}
 	case splice.ClientBinding:
 		if c.Flags&splice.ClientWaiting != 0 {
@@ -51,7 +51,10 @@ func (e *Engine) clientDeadline(r splice.Ref, c *splice.Client) int64 {
 		if c.Srv != 0 {
 			last = max(last, e.servers.At(c.Srv).Last)
 		}
-		d = min(d, last+t.Response, c.Last+2*t.Response)
+		d = min(d, last+t.Response)
+		if c.SndUna != c.SndNxt {
+			d = min(d, c.Last+2*t.Response)
+		}
 	case splice.ClientClosing:
 		d = min(d, c.CloseBy)
 	}
@@ -166,7 +169,7 @@ func (e *Engine) clientFires(r splice.Ref, c *splice.Client) {
 	switch c.State {
 	case splice.ClientHead:
 		switch {
-		case c.Side == 0 && c.Last+t.Idle <= e.now:
+		case c.Side == 0 && c.Started+t.Idle <= e.now:
 			e.Count.add(ReasonClientIdle)
 			e.finishClient(r, c)
 			return
@@ -197,10 +200,10 @@ func (e *Engine) clientFires(r splice.Ref, c *splice.Client) {
 		case max(c.Last, v.Last)+t.Response <= e.now:
 			e.silent(r, c, c.Srv, v)
 			return
-		case c.Last+2*t.Response <= e.now:
+		case c.SndUna != c.SndNxt && c.Last+2*t.Response <= e.now:
 			// The server talks, the client is gone without a word.
-			e.Count.add(ReasonClientSilent)
-			e.dropClient(r, c)
+			e.orphan(c.Srv, v, c)
+			e.resetClient(r, c, ReasonClientSilent)
 			return
 		case due:
 			e.splicedDue(r, c, c.Srv, v)

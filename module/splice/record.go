@@ -8,7 +8,7 @@ import (
 )
 
 // RecordVersion changes whenever the layout of a record changes.
-const RecordVersion = 1
+const RecordVersion = 2
 
 // Ref names a record of a flow table; 0 is none.
 type Ref uint32
@@ -51,7 +51,7 @@ func (s ServerState) String() string {
 }
 
 // ClientFlags are facts about a client connection.
-type ClientFlags uint16
+type ClientFlags uint32
 
 const (
 	ClientSACK        ClientFlags = 1 << iota // both ends agreed on SACK
@@ -66,7 +66,11 @@ const (
 	ClientWaiting                             // stands in the farm's waiting line
 	ClientStop                                // close as soon as nothing runs
 	ClientFresh                               // the next attempt takes a new connection
+	ClientWasReset                            // we reset the connection
 	ClientEarlyAck                            // bytes of the held request are acknowledged by us
+	ClientUpgrade                             // the request asks for another protocol: a 101 is an answer to it
+	ClientExpect                              // the body waits for 100 (Continue)
+	ClientFINPassed                           // the client's FIN was passed on through a tunnel; its number is CliFIN
 )
 
 // Client is the record of one client connection: flat, fixed size, without
@@ -90,6 +94,7 @@ type Client struct {
 	OurFIN   packet.Seq // number of our FIN (ClientFINSent)
 
 	Srv     Ref        // bound server connection
+	Own     Ref        // first of the server connections that are private to this client, see Server.Next
 	Kept    uint32     // the engine's memory of segments beyond a gap, 0 = none
 	Side    uint32     // the engine's side memory (held bytes), 0 = none
 	Epoch   Epoch      // equations of the present request
@@ -103,6 +108,8 @@ type Client struct {
 	Loop      uint8      // turns of bare ACKs without news
 	Said      [2]uint32  // what the last bare ACK of each side said
 	AnswerSeq packet.Seq // first byte of our own answer
+	PaceSeq   packet.Seq // RcvNxt when the pace of the request's body was looked at last
+	Pace      int64      // when that was, 0 = the body has no pace to keep
 	Started   int64      // present request's first byte, or the moment of idleness
 	Last      int64      // last packet of either side
 	Due       int64      // when something must happen, 0 = nothing special
@@ -125,6 +132,8 @@ const (
 	ServerUntilClose             // the response ends with the connection
 	ServerPreopened              // opened ahead, without a client
 	ServerFINAcked               // the server acknowledged our FIN
+	ServerTunnel                 // after a 101: both directions pass without framing, FINs too
+	ServerPrivate                // its authentication belongs to one client, who keeps it
 )
 
 // Server is the record of one pooled connection. Sequence numbers are those of
@@ -152,7 +161,8 @@ type Server struct {
 	ReqEnd   packet.Seq // end of the request (ServerReqEnd)
 	RespEnd  packet.Seq // end of the response (ServerRespEnd)
 
-	Cli  Ref    // bound client
+	Cli  Ref    // bound client, or the owner of a private connection
+	Next Ref    // next one that is private to the same client
 	Kept uint32 // as in Client
 	Resp http1.ResponseHead
 	Body http1.Body

@@ -108,9 +108,9 @@ func runAll(ctx context.Context, o *options, out io.Writer) (bool, error) {
 		return false, err
 	}
 	// Tests that call go find the one that compiled them; sudo's PATH has none.
-	root, err := command(ctx, o.goCommand, "env", "GOROOT").Output()
+	root, err := goOutput(ctx, o, "env", "GOROOT")
 	if err != nil {
-		return false, fmt.Errorf("%s env GOROOT: %w", o.goCommand, err)
+		return false, err
 	}
 	os.Setenv("PATH", os.Getenv("PATH")+":"+filepath.Join(strings.TrimSpace(string(root)), "bin"))
 	pkgs, err := list(ctx, o)

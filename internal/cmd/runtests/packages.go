@@ -28,14 +28,24 @@ type testPackage struct {
 
 // list returns the packages that have tests and were asked for.
 func list(ctx context.Context, o *options) ([]testPackage, error) {
-	c := command(ctx, o.goCommand, "list", "-json=ImportPath,Dir,TestGoFiles,XTestGoFiles,TestImports,XTestImports", "./...")
+	out, err := goOutput(ctx, o, "list", "-json=ImportPath,Dir,TestGoFiles,XTestGoFiles,TestImports,XTestImports", "./...")
+	if err != nil {
+		return nil, err
+	}
+	return decode(out, o.only)
+}
+
+// goOutput runs the go command and returns what it prints; its complaints are in
+// the error.
+func goOutput(ctx context.Context, o *options, args ...string) ([]byte, error) {
+	c := command(ctx, o.goCommand, args...)
 	var stderr bytes.Buffer
 	c.Stderr = &stderr
 	out, err := c.Output()
 	if err != nil {
-		return nil, fmt.Errorf("go list: %w\n%s", err, stderr.Bytes())
+		return nil, fmt.Errorf("%s %s: %w\n%s", o.goCommand, args[0], err, stderr.Bytes())
 	}
-	return decode(out, o.only)
+	return out, nil
 }
 
 func decode(out []byte, only string) ([]testPackage, error) {
