@@ -170,6 +170,7 @@ func (e *Engine) clientAnswering(r splice.Ref, c *splice.Client, p *packet.TCP, 
 
 // finishClient sends our FIN to a client that has got everything.
 func (e *Engine) finishClient(r splice.Ref, c *splice.Client) {
+	e.closeOwn(c)
 	e.freeSide(c)
 	e.kepts.drop(&c.Kept)
 	c.Srv = 0
@@ -245,6 +246,7 @@ func (e *Engine) removeClient(r splice.Ref, c *splice.Client) {
 	if f := e.db.FarmByID(c.Farm); f != nil {
 		e.leaveLine(c, f)
 	}
+	e.closeOwn(c)
 	e.freeSide(c)
 	e.kepts.drop(&c.Kept)
 	e.wheel.clear(e.clientTimer(r))
@@ -252,7 +254,9 @@ func (e *Engine) removeClient(r splice.Ref, c *splice.Client) {
 	if c.Flags&splice.ClientWasReset != 0 {
 		how = tombReset
 	}
-	e.tombs.Put(flowBrief(e.clients.Key(r), c.IRS, c.ISS, how), e.seconds())
+	b := flowBrief(e.clients.Key(r), c.IRS, c.ISS, how)
+	b.SndNxt = c.SndNxt
+	e.tombs.Put(b, e.seconds())
 	e.armSweep()
 	c.State = splice.ClientFree
 	e.clients.Remove(r)

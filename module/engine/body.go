@@ -115,17 +115,34 @@ func (e *Engine) refuseBody(r splice.Ref, c *splice.Client) {
 	why := c.ReqBody.Reason()
 	e.Count.add(ReasonBodyRefused)
 	e.Count.add(refused(why))
-	e.dropServer(c)
-	c.Flags |= splice.ClientReqBad
-	if c.Flags&splice.ClientResponded != 0 {
-		e.resetClient(r, c, ReasonAbortedRequest)
-		return
-	}
 	status := why.HTTPStatus()
 	if status == 0 {
 		status = 400
 	}
+	c.Flags |= splice.ClientReqBad
+	e.giveBack(r, c, status)
+}
+
+// giveBack takes a request away from its server for good and answers it with a
+// status, or resets the client if it has got a part of a response.
+func (e *Engine) giveBack(r splice.Ref, c *splice.Client, status int) {
+	can := e.canAnswer(c)
+	e.dropServer(c)
+	if !can {
+		e.resetClient(r, c, ReasonAbortedRequest)
+		return
+	}
 	e.answer(r, c, reply{status: status, close: true})
+}
+
+// canAnswer reports whether an answer of the engine's own may follow what the
+// client has got: nothing, or whole interim responses.
+func (e *Engine) canAnswer(c *splice.Client) bool {
+	if c.Flags&splice.ClientResponded == 0 || c.Srv == 0 {
+		return c.Flags&splice.ClientResponded == 0
+	}
+	v := e.servers.At(c.Srv)
+	return v.Flags&splice.ServerHeadDone == 0 && v.Resp.Len == 0 && c.SndUna == c.SndNxt
 }
 
 // dropServer takes a request away from its server for good. What was sent of
@@ -298,8 +315,8 @@ func (e *Engine) slow(r splice.Ref, c *splice.Client, v *splice.Server) bool {
 	if c.PaceSeq.Less(c.RcvNxt) {
 		got = int64(c.PaceSeq.To(c.RcvNxt))
 	}
-	if f == nil || c.Flags&(splice.ClientExpect|splice.ClientResponded) != 0 ||
-		v.SndEdge.Less(v.SndNxt.Add(packet.Size(v.MSS))) || got*second >= f.Limits.BodyRate*f.Timeouts.Body {
+	if f == nil || c.Flags&splice.ClientExpect != 0 || v.Flags&splice.ServerHeadDone != 0 ||
+		v.SndEdge.Less(v.SndNxt.Add(packet.Size(v.MSS))) || got*1000 >= f.Limits.BodyRate*(f.Timeouts.Body/millisecond) {
 		e.keepPace(c)
 		return false
 	}
@@ -308,7 +325,35 @@ func (e *Engine) slow(r splice.Ref, c *splice.Client, v *splice.Server) bool {
 		return false
 	}
 	e.Count.add(ReasonSlowBody)
-	e.dropServer(c)
-	e.answer(r, c, reply{status: 408, close: true})
+	e.giveBack(r, c, 408)
 	return true
+}
+
+// bodyAnyway reports whether bytes behind the end of a response, from seq on,
+// are the body that a response to HEAD, a 204 or a 304 must not have (RFC 9112
+// section 6.3). They are delivered as the server sent them, and that is the
+// end of both connections; but not to a client that has asked again already
+// and would take them for its next response.
+func (e *Engine) bodyAnyway(c *splice.Client, v *splice.Server, seq packet.Seq) bool {
+	h := &v.Resp
+	return (c.Method == http1.HEAD || h.Status == 204 || h.Status == 304) && h.Body == http1.BodyNone &&
+		seq.LessEq(v.RespEnd) && v.RcvNxt == v.RespEnd && c.RcvNxt == c.ReqEnd &&
+		c.Flags&(splice.ClientReqEndKnown|splice.ClientFINSent) == splice.ClientReqEndKnown
+}
+
+// stuck reports whether a client goes on behind a response whose framing is in
+// doubt: it believes that it has all of it, and the server says nothing more.
+// The engine cannot know, so it waits no longer than that. If neither, it
+// looks again.
+func (e *Engine) stuck(c *splice.Client, v *splice.Server) bool {
+	h := &v.Resp
+	if v.Flags&(splice.ServerUntilClose|splice.ServerRespEnd) != splice.ServerUntilClose || h.Outcome != http1.Isolate ||
+		h.Reason == http1.ReasonNoLength {
+		return false // without any length, the client waits for the close too
+	}
+	if c.SndUna == c.SndNxt && e.now-v.Last >= holdWait {
+		return true
+	}
+	c.Due = e.now + holdWait
+	return false
 }

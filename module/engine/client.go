@@ -56,7 +56,9 @@ func (e *Engine) fromClient(key *packet.Tuple, p *packet.TCP, ev *Event) {
 			return
 		}
 	}
-	if c.SndNxt.Less(ack) || ack.Less(c.SndUna.Sub(maxWindow)) {
+	// RFC 5961 section 5: nor may it be older than the largest window that the
+	// client could ever have offered.
+	if c.SndNxt.Less(ack) || ack.Less(c.SndUna.Sub(packet.Size(splice.TrueWindow(0xffff, c.Scale)))) {
 		e.Count.add(ReasonAckBeyond)
 		e.challengeClient(r, c)
 		return
@@ -65,7 +67,7 @@ func (e *Engine) fromClient(key *packet.Tuple, p *packet.TCP, ev *Event) {
 	if c.SndUna.Less(ack) || p.PayloadLen() > 0 || fl.Has(packet.FIN) {
 		c.Last = e.now
 	}
-	if c.SndUna.LessEq(ack) {
+	if c.SndUna.LessEq(ack) && acceptable(c, p) {
 		c.SndUna = ack
 		c.SndWnd = splice.TrueWindow(p.Window(), c.Scale)
 	}
@@ -94,8 +96,21 @@ func (e *Engine) reincarnated(key *packet.Tuple, c *splice.Client, p *packet.TCP
 // to those of the old one, but not both.
 const nearby = packet.Size(64 << 10)
 
-// maxWindow is the largest window that a scale can express (RFC 7323).
-const maxWindow = packet.Size(1 << 30)
+// acceptable says whether a segment's place is one that the client can be at
+// (RFC 9293 section 3.10.7.4, first). Only then does its acknowledgment count:
+// otherwise a guess of nothing but an acknowledgment number would mark bytes as
+// delivered that never arrived.
+func acceptable(c *splice.Client, p *packet.TCP) bool {
+	edge := c.RcvNxt.Add(nearby)
+	if c.State == splice.ClientSpliced {
+		if c.Flags&splice.ClientReqEndKnown != 0 {
+			edge = packet.MaxSeq(edge, c.ReqEnd.Add(nearby))
+		} else {
+			edge = c.RcvNxt.Add(packet.Size(splice.TrueWindow(0xffff, splice.ScaleToClient)))
+		}
+	}
+	return p.Seq().In(c.RcvNxt.Sub(nearby), edge) || c.RcvNxt.Sub(nearby).Less(p.End()) && p.Seq().Less(c.RcvNxt)
+}
 
 // stranger handles a segment to a VIP that has no record: the end of a
 // handshake, the first data of a preconnected client, or nothing of ours. It
@@ -115,6 +130,12 @@ func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
 	// lies beyond them is not accepted from an unknown connection.
 	isn, iss := p.Seq().Sub(1), p.Ack().Sub(1)
 	if b := e.tombs.Get(key, e.seconds()); b != nil {
+		old := b.IRS == isn || b.ISS == iss || p.Ack().In(b.ISS, b.SndNxt.Add(1))
+		if !old && p.PayloadLen() > 0 && !e.fresh(key, isn, iss) && e.opt.Handshake.Recent(key, e.now) {
+			// It may have overtaken the first segment of a new incarnation.
+			e.Count.add(ReasonBadCookie)
+			return 0
+		}
 		if b.IRS == isn || b.ISS == iss || !e.fresh(key, isn, iss) {
 			e.tombstoned(key, p, options(b.Options) == tombReset)
 			return 0
@@ -260,6 +281,10 @@ func (e *Engine) clientHeld(r splice.Ref, c *splice.Client, p *packet.TCP, ev *E
 	if n > skip {
 		e.hold(r, c, p.Payload()[skip:])
 		if c.State == splice.ClientFree {
+			return
+		}
+		if c.State == splice.ClientBinding && c.Flags&splice.ClientReqBad != 0 {
+			e.refuseBody(r, c)
 			return
 		}
 	}

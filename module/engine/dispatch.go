@@ -112,6 +112,12 @@ func (e *Engine) dispatch(r splice.Ref, c *splice.Client, p *packet.TCP, ev *Eve
 	class := pool.ClassOf(c.MSS, c.Flags&splice.ClientSACK != 0)
 	tried := &d.tried
 	full := false
+	if c.Own != 0 && c.Flags&splice.ClientFresh == 0 {
+		if s, sv := e.ownServer(c, f, sel, &req, tried); s != 0 {
+			e.bindOwn(r, c, s, sv, p, ev)
+			return true
+		}
+	}
 again:
 	choice := sel.Choose(&req, f.Lives, tried, e.random(), &e.scratch)
 	switch choice.Kind {
@@ -291,6 +297,9 @@ func (e *Engine) bind(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Se
 	if d.req.Outcome == http1.Isolate {
 		e.noReuse(v, ReasonIsolated)
 	}
+	if d.req.ConnAuth {
+		e.private(v)
+	}
 	e.touchServer(s, v)
 	e.touchClient(r, c)
 
@@ -425,6 +434,30 @@ func (e *Engine) resend(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.
 	}
 }
 
+// push goes on with held bytes as the server's acknowledgments make room for
+// them: the client does not send again what we acknowledged. news says that
+// the server acknowledged something.
+func (e *Engine) push(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server, news bool) {
+	if c.Side == 0 {
+		return
+	}
+	d := e.sides.at(c.Side)
+	if !d.sentOK {
+		return
+	}
+	end := v.SndBase.Add(packet.Size(e.sendable(c, d)))
+	if !v.SndUna.Less(end) {
+		return
+	}
+	if news && c.Flags&splice.ClientEarlyAck != 0 {
+		c.Tries, c.Due = 0, e.now+rto(0) // RFC 6298 section 5.3
+		e.touchClient(r, c)
+	}
+	if v.SndNxt.Less(end) && v.SndNxt.Less(v.SndEdge) {
+		e.resend(r, c, s, v, v.SndNxt)
+	}
+}
+
 // redispatch takes a request away from a server connection that failed and
 // gives it to another one. The caller has established the evidence; the
 // request is still held, or unacknowledged at the client.
@@ -461,6 +494,7 @@ func (e *Engine) rewindable(c *splice.Client, d *side) bool {
 	}
 	c.Flags &^= splice.ClientReqEndKnown | splice.ClientReqBad | splice.ClientFINSeen
 	d.next = d.next[:0]
+	d.frames, d.frameBytes = d.frames[:0], d.frameBytes[:0]
 	c.RcvNxt = end
 	c.ReqBody.Start(d.req.Body, d.req.Length)
 	if d.req.Body != http1.BodyNone {

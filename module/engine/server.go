@@ -61,13 +61,19 @@ func (e *Engine) fromServer(key *packet.Tuple, p *packet.TCP, ev *Event) {
 		return
 	}
 	ack := p.Ack()
-	if v.SndNxt.Less(ack) {
+	// RFC 5961 section 5: neither of what was never sent, nor older than the
+	// largest window that the server could ever have offered.
+	if v.SndNxt.Less(ack) || ack.Less(v.SndUna.Sub(packet.Size(splice.TrueWindow(0xffff, v.Scale)))) {
 		e.Count.add(ReasonAckBeyond)
 		e.challengeServer(s, v)
 		return
 	}
-	news := v.SndUna.Less(ack) || p.PayloadLen() > 0 || fl.Has(packet.FIN)
-	if v.SndUna.LessEq(ack) {
+	advance := v.SndUna.Less(ack)
+	news := advance || p.PayloadLen() > 0 || fl.Has(packet.FIN)
+	// As with clients, the segment's place must be one that the server can be
+	// at. It has never had a larger window than this.
+	const reach = packet.Size(0xffff) << splice.ScaleToServer
+	if v.SndUna.LessEq(ack) && seq.In(v.RcvNxt.Sub(reach), v.RcvNxt.Add(reach)) {
 		v.SndUna = ack
 		if edge := ack.Add(packet.Size(splice.TrueWindow(p.Window(), v.Scale))); v.SndEdge.Less(edge) {
 			v.SndEdge = edge
@@ -81,6 +87,10 @@ func (e *Engine) fromServer(key *packet.Tuple, p *packet.TCP, ev *Event) {
 		}
 		e.serverAcked(c, v)
 		e.dropCopies(c, v)
+		e.push(v.Cli, c, s, v, advance)
+		if v.RcvBase.To(v.RcvNxt) > rebaseAt || v.SndBase.To(v.SndNxt) > rebaseAt {
+			e.rebase(c, v)
+		}
 		e.serverActive(s, v, p, ev)
 	case splice.ServerIdle:
 		e.serverIdle(s, v, p)
@@ -318,14 +328,7 @@ func (e *Engine) failed(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.
 		}
 		sv.Stats.Failed[kind].Add(1)
 	}
-	if v.Requests > 1 && c.Side != 0 {
-		// A pooled connection that went stale says nothing about its server:
-		// the next attempt may go there again, over a connection of its own.
-		c.Flags |= splice.ClientFresh
-		if sv := e.db.Server(v.ID); sv != nil && !sv.Removed() {
-			e.sides.at(c.Side).tried[sv.Index>>6] &^= 1 << (sv.Index & 63)
-		}
-	}
+	e.stale(c, v)
 	e.inactive(v)
 	v.Cli = 0
 	c.Srv = 0
@@ -347,6 +350,18 @@ func (e *Engine) failed(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.
 			status = 504
 		}
 		e.answer(r, c, reply{status: status, close: true})
+	}
+}
+
+// stale lets the next attempt of a request go to the same server again, over a
+// connection of its own: a pooled connection that went stale says nothing about
+// its server.
+func (e *Engine) stale(c *splice.Client, v *splice.Server) {
+	if v.Requests > 1 && c.Side != 0 {
+		c.Flags |= splice.ClientFresh
+		if sv := e.db.Server(v.ID); sv != nil && !sv.Removed() {
+			e.sides.at(c.Side).tried[sv.Index>>6] &^= 1 << (sv.Index & 63)
+		}
 	}
 }
 
@@ -489,6 +504,8 @@ func (e *Engine) settle(s splice.Ref, v *splice.Server) {
 	why := Reason(v.Reason)
 	switch {
 	case v.Flags&splice.ServerNoReuse != 0 || v.Flags&splice.ServerFINSeen != 0:
+	case v.Flags&splice.ServerPrivate != 0:
+		why = ReasonPrivate // its client is gone
 	case e.stopping:
 		why = ReasonStopped
 	case f == nil || sv == nil:
@@ -523,6 +540,7 @@ func (e *Engine) toPool(s splice.Ref, v *splice.Server) {
 
 // leavePool takes a connection out of the idle list if it is in it.
 func (e *Engine) leavePool(s splice.Ref, v *splice.Server) {
+	e.unlinkOwn(s, v)
 	if e.idle.Remove(s) {
 		if sv := e.db.Server(v.ID); sv != nil {
 			sv.Live.Idle.Add(-1)

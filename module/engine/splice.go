@@ -27,10 +27,25 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 			return
 		}
 		e.forwardToServer(r, c, s, v, p, ev, false)
+		if v.Flags&splice.ServerTunnel != 0 {
+			e.tunnelOver(r, c, s, v)
+			return
+		}
 		e.progress(r, c, s, v, nil, nil)
 		return
 	}
 	c.Loop = 0
+	if v.Flags&splice.ServerTunnel != 0 {
+		e.tunnelToServer(r, c, s, v, p, ev)
+		return
+	}
+	if overtaken(v) {
+		// The rest of a request that is answered: only its acknowledgment
+		// counts.
+		e.bareToServer(r, c, s, v)
+		e.progress(r, c, s, v, nil, nil)
+		return
+	}
 	if c.Flags&splice.ClientFINSeen != 0 && c.CliFIN.Less(seq.Add(packet.Size(n))) {
 		// Data after the FIN is nonsense; a repeated FIN is acknowledged.
 		if n > 0 || seq != c.CliFIN {
@@ -55,6 +70,14 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 	if c.Flags&splice.ClientReqEndKnown != 0 {
 		limit = packet.MinSeq(end, c.ReqEnd)
 	}
+	if c.Flags&splice.ClientExpect != 0 {
+		e.expecting(r, c, s, v, p, ev, body, seq)
+		return
+	}
+	repeated := false // what passes has framing bytes of ours in it
+	if n > 0 && seq.Less(c.RcvNxt) {
+		repeated = e.ownFraming(c, seq, body)
+	}
 
 	// Framing first: how far the request goes (INV-5).
 	if n > 0 && c.Flags&splice.ClientReqEndKnown == 0 && c.RcvNxt.Less(end) {
@@ -66,7 +89,11 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 			}
 		default:
 			fresh := body[seq.To(c.RcvNxt):]
-			k, st := c.ReqBody.Feed(fresh, e.limits(c.Farm))
+			if e.tooManyFrames(c, len(fresh)) {
+				e.Count.add(ReasonBeyondWindow)
+				return
+			}
+			k, st := e.feedBody(c, fresh)
 			c.RcvNxt = c.RcvNxt.Add(packet.Size(k))
 			switch st {
 			case http1.More:
@@ -78,12 +105,7 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 				limit = c.ReqEnd
 				e.setReqEnd(c, v)
 			case http1.Bad:
-				// The body's framing cannot be trusted: neither side may
-				// believe that there is an end.
-				e.Count.add(ReasonAbortedRequest)
-				e.killServer(s, v, ReasonAbortedRequest)
-				c.Srv = 0
-				e.resetClient(r, c, ReasonAbortedRequest)
+				e.refuseBody(r, c)
 				return
 			}
 		}
@@ -115,11 +137,7 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 		case c.RcvNxt != end:
 			// Not in order yet: the client will repeat it.
 		case c.Flags&splice.ClientReqEndKnown == 0 || end.Less(c.ReqEnd):
-			// A FIN inside a request: it can never be completed.
-			e.Count.add(ReasonAbortedRequest)
-			e.killServer(s, v, ReasonAbortedRequest)
-			c.Srv = 0
-			e.resetClient(r, c, ReasonAbortedRequest)
+			e.unfinished(r, c, s, v)
 			return
 		default:
 			e.clientFIN(r, c)
@@ -161,7 +179,7 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 		if !whole || n > int(v.MSS) && (!ev.GSO || e.narrowServer(v)) {
 			e.partToServer(r, c, s, v, body, c.Epoch.SeqToServer(seq))
 		} else {
-			e.forwardToServer(r, c, s, v, p, ev, false)
+			e.forwardToServer(r, c, s, v, p, ev, repeated)
 		}
 	}
 	e.progress(r, c, s, v, nil, nil)
@@ -300,12 +318,26 @@ func toServerShift(v *splice.Server) uint8 {
 	return splice.ScaleToServer
 }
 
+// absorbed are the flags that do not pass. A FIN is the engine's own affair,
+// except in a tunnel.
+func absorbed(v *splice.Server) packet.Flags {
+	if v.Flags&splice.ServerTunnel != 0 {
+		return packet.URG | packet.ECE | packet.CWR
+	}
+	return packet.FIN | packet.URG | packet.ECE | packet.CWR
+}
+
 // forwardToServer rewrites the packet under verdict (FIG 4 steps 402 to 408).
 func (e *Engine) forwardToServer(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server, p *packet.TCP, ev *Event, dirty bool) {
 	k := e.servers.Key(s)
 	seq := p.Seq()
 	if c.Flags&splice.ClientFINSeen != 0 && c.CliFIN.Less(seq) {
 		seq = c.CliFIN // the absorbed FIN took one number
+	}
+	if p.PayloadLen() == 0 && seq.Less(c.Epoch.ReqBase.Sub(1)) {
+		// An old bare ACK, from before this request: the server connection may
+		// not have had such a number. A keep-alive probe stays one.
+		seq = c.Epoch.ReqBase
 	}
 	// Numbers behind the present request belong to bytes that are held: the
 	// server must not see them yet.
@@ -315,7 +347,7 @@ func (e *Engine) forwardToServer(r splice.Ref, c *splice.Client, s splice.Ref, v
 	w := packet.Rewrite{
 		Src: k.Dst, Dst: k.Src,
 		Seq: c.Epoch.SeqToServer(seq), Ack: e.ackForServer(c, v),
-		Window: e.windowForServer(c, v), Flags: p.Flags() &^ (packet.FIN | packet.URG | packet.ECE | packet.CWR), ClearUrgent: true,
+		Window: e.windowForServer(c, v), Flags: p.Flags() &^ absorbed(v), ClearUrgent: true,
 	}
 	if off, n := p.SACK(); n > 0 {
 		if v.Flags&splice.ServerSACK == 0 {
@@ -451,7 +483,9 @@ func (e *Engine) release(r splice.Ref, c *splice.Client, s splice.Ref, v *splice
 	e.served(c, v)
 	c.Srv = 0
 	e.Count.add(ReasonServed)
-	e.settle(s, v)
+	if !e.keepPrivate(r, c, s, v) {
+		e.settle(s, v)
+	}
 
 	// The client's next request.
 	var d *side
@@ -531,10 +565,15 @@ func (e *Engine) serverActive(s splice.Ref, v *splice.Server, p *packet.TCP, ev 
 		}
 	}
 	body := p.Payload()[cut:]
-	if n > 0 && v.RcvNxt == v.RcvBase && p.Ack().LessEq(v.SndBase) {
+	if v.Flags&splice.ServerTunnel != 0 {
+		e.tunnelToClient(r, c, s, v, p, ev, seq, body[:n], cut != 0)
+		return
+	}
+	if n > 0 && seq == v.RcvBase && v.RcvNxt == v.RcvBase && p.Ack().LessEq(v.SndBase) {
 		// Ack causality: sent before the server had the request, so it is not
 		// its answer (HAProxy #583, #176).
 		e.Count.add(ReasonAckCausality)
+		e.stale(c, v)
 		e.killServer(s, v, ReasonAckCausality)
 		e.redispatch(r, c, ReasonAckCausality, ReasonRedispatchProof)
 		return
@@ -553,6 +592,12 @@ func (e *Engine) serverActive(s splice.Ref, v *splice.Server, p *packet.TCP, ev 
 				return
 			}
 		}
+	}
+	if n > 0 && v.Flags&splice.ServerRespEnd != 0 && v.RespEnd.Less(end) && e.bodyAnyway(c, v, seq) {
+		e.Count.add(ReasonExtraBytes)
+		e.noReuse(v, ReasonExtraBytes)
+		c.Flags |= splice.ClientWantClose
+		v.RespEnd, v.RcvNxt = end, end
 	}
 	if v.Flags&splice.ServerRespEnd != 0 && v.RespEnd.Less(end) {
 		// More than the response: never passed on (HAProxy #176).
@@ -603,8 +648,16 @@ func (e *Engine) follow(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.
 				return true
 			}
 			if v.Resp.Interim() {
+				if v.Resp.Status == 100 && c.Flags&splice.ClientExpect != 0 {
+					e.continued(r, c, s, v)
+				}
 				v.Resp.Again()
 				continue
+			}
+			if v.Resp.Status == 101 && !e.mayTunnel(c, v) {
+				e.Count.add(ReasonUnaskedSwitch)
+				e.badResponse(r, c, s, v)
+				return false
 			}
 			e.responseHead(c, v)
 			if v.Resp.Status == 101 {
@@ -644,6 +697,9 @@ func (e *Engine) responseHead(c *splice.Client, v *splice.Server) {
 	h := &v.Resp
 	v.Flags |= splice.ServerHeadDone
 	v.Body.Start(h.Body, h.Length)
+	if early(v) {
+		e.noReuse(v, ReasonEarlyResponse)
+	}
 	persistent := !h.Close && (h.Minor == 1 || h.KeepAlive)
 	if !persistent {
 		e.noReuse(v, ReasonServerClose)
@@ -654,8 +710,7 @@ func (e *Engine) responseHead(c *splice.Client, v *splice.Server) {
 		c.Flags |= splice.ClientWantClose
 	}
 	if h.ConnAuth {
-		e.noReuse(v, ReasonIsolated)
-		c.Flags |= splice.ClientWantClose
+		e.private(v)
 	}
 	if h.KeepAliveTimeout > 0 {
 		v.HorizonMS = h.KeepAliveTimeout * 1000
@@ -678,19 +733,6 @@ func (e *Engine) responseHead(c *splice.Client, v *splice.Server) {
 		} else {
 			e.nearEnd(v)
 		}
-	}
-}
-
-// openTunnel lets both directions pass without framing after a 101, and only
-// then (Pingora CVE-2026-2833). The connection is never pooled.
-func (e *Engine) openTunnel(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server) {
-	next := c.ReqEnd
-	c.Flags &^= splice.ClientReqEndKnown
-	v.Flags &^= splice.ServerReqEnd
-	c.ReqBody.Start(http1.BodyUntilClose, 0)
-	if c.Side != 0 {
-		d := e.sides.at(c.Side)
-		e.partToServer(r, c, s, v, d.next, c.Epoch.SeqToServer(next))
 	}
 }
 
@@ -748,7 +790,7 @@ func (e *Engine) forwardToClient(r splice.Ref, c *splice.Client, s splice.Ref, v
 	w := packet.Rewrite{
 		Src: k.Dst, Dst: k.Src,
 		Seq: c.Epoch.SeqToClient(seq), Ack: c.Epoch.AckToClient(v.SndUna),
-		Flags: p.Flags() &^ (packet.FIN | packet.URG | packet.ECE | packet.CWR), ClearUrgent: true,
+		Flags: p.Flags() &^ absorbed(v), ClearUrgent: true,
 	}
 	if c.Flags&splice.ClientReqEndKnown != 0 && v.Flags&splice.ServerReqEnd != 0 && v.ReqEnd.LessEq(v.SndUna) {
 		w.Ack = c.ReqEnd
@@ -790,6 +832,11 @@ func (e *Engine) forwardToClient(r splice.Ref, c *splice.Client, s splice.Ref, v
 		// A bare ACK may stand behind data or a FIN that did not come yet; it
 		// is no proof of them, and the next answer begins where this one ends.
 		w.Seq = packet.MinSeq(w.Seq, c.SndNxt)
+		if c.Flags&splice.ClientFINSent != 0 && w.Seq == c.OurFIN {
+			// A client that has our FIN discards what stands before it (RFC
+			// 9293 section 3.10.7.4, first), acknowledgment included.
+			w.Seq = c.SndNxt
+		}
 	} else {
 		c.SndNxt = packet.MaxSeq(c.SndNxt, c.Epoch.SeqToClient(end))
 	}
@@ -817,7 +864,13 @@ func (e *Engine) dropCopies(c *splice.Client, v *splice.Server) {
 		return
 	}
 	d := e.sides.at(c.Side)
-	if !d.sentOK || v.SndUna.Less(v.SndBase.Add(packet.Size(len(d.sent)))) {
+	if len(d.frames) > 0 {
+		d.dropFrames(c.Epoch.AckToClient(v.SndUna))
+	}
+	if !d.sentOK || v.SndUna.Less(v.SndBase.Add(packet.Size(len(d.sent)))) || c.Flags&splice.ClientExpect != 0 {
+		if !d.sentOK && len(d.next)+len(d.frames) == 0 {
+			e.freeSide(c)
+		}
 		return
 	}
 	if c.Flags&(splice.ClientIdempotent|splice.ClientResponded) == splice.ClientIdempotent {
@@ -829,7 +882,7 @@ func (e *Engine) dropCopies(c *splice.Client, v *splice.Server) {
 	d.sentOK, d.sent = false, nil
 	d.held = d.held[:0]
 	c.Due = 0
-	if len(d.next) == 0 {
+	if len(d.next)+len(d.frames) == 0 {
 		e.freeSide(c)
 	}
 }

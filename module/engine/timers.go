@@ -47,13 +47,17 @@ func (e *Engine) clientDeadline(r splice.Ref, c *splice.Client) int64 {
 			d = min(d, c.Waits)
 		}
 	case splice.ClientSpliced:
-		last := c.Last
+		last, quiet := c.Last, t.Response
 		if c.Srv != 0 {
-			last = max(last, e.servers.At(c.Srv).Last)
+			v := e.servers.At(c.Srv)
+			last, quiet = max(last, v.Last), e.patience(c, v)
 		}
-		d = min(d, last+t.Response)
+		d = min(d, last+quiet)
 		if c.SndUna != c.SndNxt {
-			d = min(d, c.Last+2*t.Response)
+			d = min(d, c.Last+2*quiet)
+		}
+		if c.Pace != 0 {
+			d = min(d, c.Pace+t.Body)
 		}
 	case splice.ClientClosing:
 		d = min(d, c.CloseBy)
@@ -85,6 +89,9 @@ func (e *Engine) serverDeadline(v *splice.Server) int64 {
 	case splice.ServerConnecting:
 		d = min(d, v.Opened+e.timeouts(v.Farm).Connect)
 	case splice.ServerIdle:
+		if v.Flags&splice.ServerPrivate != 0 {
+			break // it lives as long as its client's connection
+		}
 		f, sv := e.db.FarmByID(v.Farm), e.db.Server(v.ID)
 		if f != nil && f.Pool.IdleTimeout > 0 {
 			d = min(d, v.Idle+f.Pool.IdleTimeout)
@@ -196,11 +203,17 @@ func (e *Engine) clientFires(r splice.Ref, c *splice.Client) {
 		}
 	case splice.ClientSpliced:
 		v := e.servers.At(c.Srv)
+		quiet := e.patience(c, v)
 		switch {
-		case max(c.Last, v.Last)+t.Response <= e.now:
+		case max(c.Last, v.Last)+quiet <= e.now && v.Flags&splice.ServerTunnel != 0:
+			e.closeTunnel(r, c, c.Srv, v)
+			return
+		case max(c.Last, v.Last)+quiet <= e.now:
 			e.silent(r, c, c.Srv, v)
 			return
-		case c.SndUna != c.SndNxt && c.Last+2*t.Response <= e.now:
+		case c.Pace != 0 && c.Pace+t.Body <= e.now && e.slow(r, c, v):
+			return
+		case c.SndUna != c.SndNxt && c.Last+2*quiet <= e.now:
 			// The server talks, the client is gone without a word.
 			e.orphan(c.Srv, v, c)
 			e.resetClient(r, c, ReasonClientSilent)
@@ -237,7 +250,7 @@ func (e *Engine) clientFires(r splice.Ref, c *splice.Client) {
 func (e *Engine) splicedDue(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server) {
 	if c.Side != 0 {
 		d := e.sides.at(c.Side)
-		if c.Flags&splice.ClientEarlyAck != 0 && d.sentOK && v.SndUna.Less(v.SndBase.Add(packet.Size(len(d.sent)))) {
+		if c.Flags&splice.ClientEarlyAck != 0 && d.sentOK && v.SndUna.Less(v.SndBase.Add(packet.Size(e.sendable(c, d)))) {
 			if c.Tries++; c.Tries > maxTries {
 				e.silent(r, c, s, v)
 				return
@@ -246,7 +259,16 @@ func (e *Engine) splicedDue(r splice.Ref, c *splice.Client, s splice.Ref, v *spl
 			e.resend(r, c, s, v, v.SndUna)
 			return
 		}
-		if len(d.next) > 0 {
+		if c.Flags&splice.ClientExpect != 0 && c.RcvAcked.Less(c.RcvNxt) {
+			// The body that waits for 100 (Continue) is ours to keep now.
+			e.earlyACK(r, c)
+		} else if len(d.next) > 0 {
+			if e.stuck(c, v) {
+				e.killServer(s, v, ReasonStuckInDoubt)
+				c.Srv = 0
+				e.resetClient(r, c, ReasonStuckInDoubt)
+				return
+			}
 			e.dupACK(r, c, c.RcvNxt)
 		}
 	}

@@ -14,6 +14,7 @@ import (
 type Brief struct {
 	Key      packet.Tuple
 	IRS, ISS packet.Seq
+	SndNxt   packet.Seq // of a tombstone: end of what we sent
 	Options  uint8 // cookie option bits of an embryo
 	Octave   uint8 // of an embryo's round-trip time
 	dead     bool
