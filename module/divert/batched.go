@@ -361,7 +361,7 @@ func (q *batched) parse(i int32, n int, cut bool, p *Packet) bool {
 	off := slotLead + m.payload
 	*p = Packet{
 		Data: s[off : off+m.length : q.slotLen-4],
-		ID:   m.id, Mark: m.mark, InIf: m.inIf,
+		ID:   m.id, Mark: m.mark, InIf: m.inIf, Hook: m.hook,
 		Checksum:  checksumState(m.flags, m.hook),
 		GSO:       m.flags&skbGSO != 0,
 		Truncated: m.truncated,

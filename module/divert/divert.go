@@ -92,6 +92,10 @@ type Packet struct {
 	Mark uint32
 	// InIf is the index of the interface it arrived on, 0 when it has none.
 	InIf uint32
+	// Hook is the netfilter hook whose rule queued it, NF_INET_PRE_ROUTING
+	// (0) to NF_INET_POST_ROUTING (4). Behind the first, a packet that is
+	// rewritten is not routed again.
+	Hook uint8
 	// Checksum tells what is known about the transport checksum: Partial when
 	// the field holds no complete checksum yet, Verified when the kernel or the
 	// network card has checked it, Unknown otherwise.

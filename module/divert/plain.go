@@ -150,6 +150,7 @@ func (q *plain) hook(a nfqueue.Attribute) int {
 	if a.Hook != nil {
 		hook = *a.Hook
 	}
+	p.Hook = hook
 	p.Checksum = checksumState(flags, hook)
 	p.GSO = flags&skbGSO != 0
 	p.Truncated = a.CapLen != nil

@@ -66,7 +66,7 @@ type AccessRecord struct {
 	method    [accessMethod]byte
 	target    [accessTarget]byte
 
-	busy bool // the slot belongs to a request
+	want uint64 // bytes of a request with a Content-Length, 0 = it says itself where it ends
 }
 
 // Method returns the method, cut to what a record holds; empty if the request
@@ -78,6 +78,13 @@ func (a *AccessRecord) Method() []byte { return a.method[:a.methodLen] }
 func (a *AccessRecord) Target() (target []byte, cut bool) {
 	n := min(a.targetLen, accessTarget)
 	return a.target[:n], n < a.targetLen
+}
+
+// SetRequest copies the method and the target, as far as they fit.
+func (a *AccessRecord) SetRequest(method, target []byte) {
+	a.methodLen = uint8(copy(a.method[:], method))
+	a.targetLen = uint32(len(target))
+	copy(a.target[:], target)
 }
 
 // AccessRing carries records from one engine to one reader.
@@ -116,7 +123,8 @@ func (q *AccessRing) Drain(f func(*AccessRecord)) int {
 	return int(tail - head)
 }
 
-func (q *AccessRing) push(a *AccessRecord) {
+// Push copies a record into the ring, or drops it where there is no room.
+func (q *AccessRing) Push(a *AccessRecord) {
 	tail := q.tail.Load()
 	if tail-q.head.Load() == uint64(len(q.recs)) {
 		q.lost.Add(1)
@@ -174,12 +182,12 @@ func (a *access) begin(e *Engine, r splice.Ref, c *splice.Client, d *side) *Acce
 	rec.In, rec.Out = 0, 0
 	rec.Farm, rec.Server, rec.Status = c.Farm, 0, 0
 	rec.End, rec.Minor, rec.Attempts, rec.Reused = AccessAborted, h.Minor, 0, false
-	rec.methodLen, rec.targetLen, rec.busy = 0, 0, true
+	rec.methodLen, rec.targetLen, rec.want = 0, 0, 0
+	if h.Body == http1.BodyLength && c.HeadLen > 0 {
+		rec.want = uint64(c.HeadLen) + h.Length
+	}
 	if h.LineEnd != 0 {
-		rec.methodLen = uint8(copy(rec.method[:], h.MethodSpan.Of(d.held)))
-		t := h.Target.Of(d.held)
-		rec.targetLen = uint32(len(t))
-		copy(rec.target[:], t)
+		rec.SetRequest(h.MethodSpan.Of(d.held), h.Target.Of(d.held))
 	}
 	return rec
 }
@@ -192,14 +200,13 @@ func (a *access) at(r splice.Ref) *AccessRecord {
 	return nil
 }
 
-// drop ends a record that was left open, as an aborted exchange.
+// drop frees the record of a request.
 func (a *access) drop(r splice.Ref) {
 	i := a.of[r]
 	if i == 0 {
 		return
 	}
 	a.of[r] = 0
-	a.slots[i].busy = false
 	a.free = append(a.free, i)
 }
 
@@ -210,7 +217,7 @@ func (a *access) finish(e *Engine, r splice.Ref, end AccessEnd) {
 		return
 	}
 	rec.End, rec.Ended = end, e.now
-	a.ring.push(rec)
+	a.ring.Push(rec)
 	a.drop(r)
 }
 
@@ -246,8 +253,13 @@ func (a *access) sized(r splice.Ref, c *splice.Client) {
 		return
 	}
 	end := c.RcvNxt
-	if c.Flags&splice.ClientReqEndKnown != 0 {
-		end = packet.MinSeq(end, c.ReqEnd)
+	if c.Flags&splice.ClientReqEndKnown != 0 && c.ReqEnd.LessEq(end) {
+		end = c.ReqEnd
+		if rec.want != 0 {
+			// Sequence numbers tell lengths below 2 GiB only.
+			rec.In = rec.want
+			return
+		}
 	}
 	if c.Epoch.ReqBase.Less(end) {
 		rec.In = uint64(c.Epoch.ReqBase.To(end))
@@ -270,12 +282,14 @@ func (a *access) answered(e *Engine, r splice.Ref, c *splice.Client, d *side, st
 	a.finish(e, r, AccessAnswered)
 }
 
+// served ends the record of a request whose response was delivered.
+func (a *access) served(e *Engine, r splice.Ref, c *splice.Client) {
+	a.sized(r, c)
+	a.finish(e, r, AccessServed)
+}
+
 // gone ends the record of a request whose client connection ends.
 func (a *access) gone(e *Engine, r splice.Ref, c *splice.Client) {
 	a.sized(r, c)
 	a.finish(e, r, AccessAborted)
 }
-
-// requestLength is the number of bytes of a request with a Content-Length,
-// which may be more than sequence numbers can tell.
-func requestLength(h *http1.RequestHead, head uint32) uint64 { return uint64(head) + h.Length }

@@ -61,6 +61,9 @@ func (e *Engine) answer(r splice.Ref, c *splice.Client, a reply) {
 		method = c.Method
 	}
 	d.answer = appendAnswer(d.answer[:0], a, method == http1.HEAD)
+	if e.access != nil {
+		e.access.answered(e, r, c, d, a.status)
+	}
 	c.AnswerSeq = c.SndNxt
 	c.SndNxt = c.SndNxt.Add(packet.Size(len(d.answer)))
 	c.Srv = 0
@@ -243,6 +246,9 @@ func (e *Engine) resetClient(r splice.Ref, c *splice.Client, why Reason) {
 // removeClient forgets a record and leaves a tombstone, so that no duplicate
 // of its first segment can run its request again.
 func (e *Engine) removeClient(r splice.Ref, c *splice.Client) {
+	if e.access != nil {
+		e.access.gone(e, r, c)
+	}
 	if f := e.db.FarmByID(c.Farm); f != nil {
 		e.leaveLine(c, f)
 	}

@@ -53,7 +53,7 @@ func (e *Engine) expecting(r splice.Ref, c *splice.Client, s splice.Ref, v *spli
 	case len(body) > 0 && v.SndUna.Less(headEnd):
 		// The head again, and the server has not acknowledged it.
 		e.Count.add(ReasonRetransmitted)
-		e.resend(r, c, s, v, packet.MaxSeq(v.SndUna, c.Epoch.SeqToServer(seq)))
+		e.resend(r, c, s, v, again(c, v, seq))
 	case len(body) > 0:
 		// The client's timer fired: from now on these bytes are ours to keep.
 		e.earlyACK(r, c)
@@ -336,8 +336,12 @@ func (e *Engine) slow(r splice.Ref, c *splice.Client, v *splice.Server) bool {
 // and would take them for its next response.
 func (e *Engine) bodyAnyway(c *splice.Client, v *splice.Server, seq packet.Seq) bool {
 	h := &v.Resp
+	asked := c.RcvNxt // to where the client has sent
+	if c.Flags&splice.ClientFINSeen != 0 {
+		asked = c.CliFIN
+	}
 	return (c.Method == http1.HEAD || h.Status == 204 || h.Status == 304) && h.Body == http1.BodyNone &&
-		seq.LessEq(v.RespEnd) && v.RcvNxt == v.RespEnd && c.RcvNxt == c.ReqEnd &&
+		seq.LessEq(v.RespEnd) && v.RcvNxt == v.RespEnd && asked == c.ReqEnd &&
 		c.Flags&(splice.ClientReqEndKnown|splice.ClientFINSent) == splice.ClientReqEndKnown
 }
 

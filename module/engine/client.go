@@ -63,11 +63,16 @@ func (e *Engine) fromClient(key *packet.Tuple, p *packet.TCP, ev *Event) {
 		e.challengeClient(r, c)
 		return
 	}
+	if !acceptable(c, p) {
+		e.Count.add(ReasonOutOfWindow)
+		e.challengeClient(r, c)
+		return
+	}
 	// Keep-alive and window probes are no sign of progress.
 	if c.SndUna.Less(ack) || p.PayloadLen() > 0 || fl.Has(packet.FIN) {
 		c.Last = e.now
 	}
-	if c.SndUna.LessEq(ack) && acceptable(c, p) {
+	if c.SndUna.LessEq(ack) {
 		c.SndUna = ack
 		c.SndWnd = splice.TrueWindow(p.Window(), c.Scale)
 	}
@@ -97,9 +102,9 @@ func (e *Engine) reincarnated(key *packet.Tuple, c *splice.Client, p *packet.TCP
 const nearby = packet.Size(64 << 10)
 
 // acceptable says whether a segment's place is one that the client can be at
-// (RFC 9293 section 3.10.7.4, first). Only then does its acknowledgment count:
-// otherwise a guess of nothing but an acknowledgment number would mark bytes as
-// delivered that never arrived.
+// (RFC 9293 section 3.10.7.4, first). Nothing of any other segment counts: a
+// guess of nothing but an acknowledgment number would mark bytes as delivered
+// that never arrived.
 func acceptable(c *splice.Client, p *packet.TCP) bool {
 	edge := c.RcvNxt.Add(nearby)
 	if c.State == splice.ClientSpliced {
@@ -129,9 +134,17 @@ func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
 	// The first segment after the handshake carries these two numbers; what
 	// lies beyond them is not accepted from an unknown connection.
 	isn, iss := p.Seq().Sub(1), p.Ack().Sub(1)
+	if b := e.embryos.Get(key, e.seconds()); b != nil && b.ISS == iss && isn.Add(1) == b.IRS && p.PayloadLen() == 0 && !fl.Has(packet.FIN) {
+		// A preconnected client's keep-alive probe (RFC 9293 section 3.8.4).
+		e.out.segment(&packet.Segment{
+			Src: key.Dst, Dst: key.Src, Seq: p.Ack(), Ack: b.IRS.Add(1), Flags: packet.ACK,
+			Window: splice.WindowField(HoldWindow, embryoShift(b)), TTL: 64,
+		}, nil)
+		return 0
+	}
 	if b := e.tombs.Get(key, e.seconds()); b != nil {
 		old := b.IRS == isn || b.ISS == iss || p.Ack().In(b.ISS, b.SndNxt.Add(1))
-		if !old && p.PayloadLen() > 0 && !e.fresh(key, isn, iss) && e.opt.Handshake.Recent(key, e.now) {
+		if !old && (p.PayloadLen() > 0 || fl.Has(packet.FIN)) && !e.fresh(key, isn, iss) && e.opt.Handshake.Recent(key, e.now) {
 			// It may have overtaken the first segment of a new incarnation.
 			e.Count.add(ReasonBadCookie)
 			return 0
@@ -142,21 +155,15 @@ func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
 		}
 	}
 	opt, ok := options(0), false
-	octave := uint8(0)
-	if b := e.embryos.Get(key, e.seconds()); b != nil && b.ISS == iss && isn.Add(1) == b.IRS && p.PayloadLen() == 0 {
-		// A preconnected client's keep-alive probe (RFC 9293 section 3.8.4).
-		e.out.segment(&packet.Segment{
-			Src: key.Dst, Dst: key.Src, Seq: p.Ack(), Ack: b.IRS.Add(1), Flags: packet.ACK,
-			Window: splice.WindowField(HoldWindow, embryoShift(b)), TTL: 64,
-		}, nil)
-		return 0
-	} else if b != nil && b.ISS == iss && isn.In(b.IRS, b.IRS.Add(HoldWindow)) {
+	octave, rtt := uint8(0), int64(0)
+	if b := e.embryos.Get(key, e.seconds()); b != nil && b.ISS == iss && isn.In(b.IRS, b.IRS.Add(HoldWindow)) {
 		// The first data segment, or one that overtook it.
 		opt, ok, octave = options(b.Options), true, b.Octave
 		isn = b.IRS
 	} else {
 		opt, ok = e.opt.Handshake.Validate(key, isn, iss, e.now)
-		octave = pool.Octave(e.opt.Handshake.RTT(key, isn, e.now))
+		rtt = e.opt.Handshake.RTT(key, isn, e.now)
+		octave = pool.Octave(rtt)
 	}
 	f := e.db.ByVIP(key.Dst)
 	if !ok || f == nil || e.stopping {
@@ -168,6 +175,9 @@ func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
 		}
 		e.statelessReset(key, p)
 		return 0
+	}
+	if rtt > 0 {
+		f.Stats.ClientRoundTrip.Add(rtt)
 	}
 	if p.PayloadLen() == 0 {
 		if fl.Has(packet.FIN) {
@@ -275,6 +285,7 @@ func (e *Engine) clientHeld(r splice.Ref, c *splice.Client, p *packet.TCP, ev *E
 	if skip > n || skip == n && !fin {
 		// Held already: the client's timer fired, so acknowledge early; the
 		// bytes become ours to keep (DESIGN.md 3.2 b).
+		e.repeated(c, nil)
 		e.earlyACK(r, c)
 		return
 	}
@@ -361,7 +372,13 @@ func (e *Engine) holdCap(c *splice.Client) int { return int(e.limits(c.Farm).Hea
 func (e *Engine) scanHead(r splice.Ref, c *splice.Client, p *packet.TCP, ev *Event) {
 	d := e.sideOf(c)
 	from := d.scanned
-	n, st := d.req.Scan(d.held[from:], e.limits(c.Farm), nil)
+	if from == 0 {
+		d.want = nil
+		if f := e.db.FarmByID(c.Farm); f != nil {
+			d.want = f.Wanted.Load()
+		}
+	}
+	n, st := d.req.Scan(d.held[from:], e.limits(c.Farm), d.want)
 	d.scanned += n
 	switch st {
 	case http1.More:

@@ -34,9 +34,13 @@ const (
 // request handles a complete head: FIG 3 steps 302 and 304, FIG 7 step 704.
 func (e *Engine) request(r splice.Ref, c *splice.Client, d *side, p *packet.TCP, ev *Event) {
 	h := &d.req
+	if e.access != nil {
+		e.access.begin(e, r, c, d)
+	}
 	c.Method = h.Method
 	c.Attempts = 0
 	d.tried.Reset()
+	d.answered, d.question = d.answered[:0], 0
 	c.Flags &^= splice.ClientResponded | splice.ClientReqBad | splice.ClientReqEndKnown |
 		splice.ClientIdempotent | splice.ClientWantClose | splice.ClientFresh | splice.ClientUpgrade | splice.ClientExpect
 	c.ReqBody.Start(h.Body, h.Length)
@@ -109,6 +113,7 @@ func (e *Engine) dispatch(r splice.Ref, c *splice.Client, p *packet.TCP, ev *Eve
 		Client: e.clients.Key(r).Src.Addr, Now: e.now,
 	}
 	sel := f.Selector.Load()
+	req.Fields, req.Answers, req.Farm = e.fields(f, sel, c, d), e.answers(d, sel), &f.Stats.Live
 	class := pool.ClassOf(c.MSS, c.Flags&splice.ClientSACK != 0)
 	tried := &d.tried
 	full := false
@@ -120,6 +125,17 @@ func (e *Engine) dispatch(r splice.Ref, c *splice.Client, p *packet.TCP, ev *Eve
 	}
 again:
 	choice := sel.Choose(&req, f.Lives, tried, e.random(), &e.scratch)
+	if choice.Kind == snapshot.ChoiceAsk {
+		if !e.ask(r, c, f, d, sel, &req, int(choice.Policy)) {
+			return true
+		}
+		req.Answers = e.answers(d, sel)
+		goto again
+	}
+	noted(f, &choice)
+	if choice.Ban != 0 {
+		e.out.Bans = append(e.out.Bans, Ban{e.clients.Key(r).Src.Addr, choice.Ban})
+	}
 	switch choice.Kind {
 	case snapshot.ChoiceReject:
 		if full {
@@ -136,8 +152,9 @@ again:
 		e.answer(r, c, reply{status: int(choice.Status), location: choice.Location})
 		return true
 	case snapshot.ChoiceWait:
-		return e.wait(r, c, f)
+		return e.waitForPolicy(r, c, f)
 	}
+	c.Mark = choice.Mark
 	sv := f.Servers[choice.Server]
 	s := splice.Ref(0)
 	if c.Flags&splice.ClientFresh == 0 {
@@ -191,6 +208,8 @@ type line struct {
 	refs []splice.Ref // may hold clients that left; their flag says so
 	head int
 	n    int
+	// retry: some wait for a policy, so that time alone may let them move.
+	retry bool
 }
 
 // wait puts a request into the farm's line. It returns false where the request
@@ -278,8 +297,16 @@ func (e *Engine) bind(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Se
 	v.State = splice.ServerActive
 	v.Cli, c.Srv = r, s
 	v.Requests++
+	if e.access != nil {
+		e.access.bound(e, r, c, v)
+	}
+	v.Bound = e.now
+	v.Flags &^= splice.ServerBudgeted | splice.ServerReserved
 	if sv := e.db.Server(v.ID); sv != nil {
 		sv.Stats.Requests.Add(1)
+		if sv.Farm.Selector.Load().Budgeted(int(sv.Index)) {
+			v.Flags |= splice.ServerBudgeted
+		}
 	}
 	v.Flags &^= splice.ServerReqSent | splice.ServerReqEnd | splice.ServerRespEnd |
 		splice.ServerHeadDone | splice.ServerUntilClose | splice.ServerPreopened
@@ -289,7 +316,9 @@ func (e *Engine) bind(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Se
 	v.Drained = 0
 	v.Octave = c.Octave
 	c.State = splice.ClientSpliced
-	c.Due = 0
+	// What is held is repeated by us, whoever acknowledged it: sooner than the
+	// client would, and a loss says nothing about the server.
+	c.Due = e.now + rto(0)
 	c.Tries = 0
 	c.Epoch = splice.Epoch{ReqBase: c.Epoch.ReqBase, SndBase: v.SndNxt, RcvBase: v.RcvNxt, RespBase: c.SndNxt}
 	e.overlay(r, c, d)
@@ -428,7 +457,7 @@ func (e *Engine) resend(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.
 		e.sent(v, seq.Add(packet.Size(n)))
 		i += n
 	}
-	if c.Flags&splice.ClientEarlyAck != 0 && c.Due == 0 {
+	if c.Due == 0 {
 		c.Due = e.now + rto(c.Tries)
 		e.touchClient(r, c)
 	}
@@ -449,7 +478,7 @@ func (e *Engine) push(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Se
 	if !v.SndUna.Less(end) {
 		return
 	}
-	if news && c.Flags&splice.ClientEarlyAck != 0 {
+	if news {
 		c.Tries, c.Due = 0, e.now+rto(0) // RFC 6298 section 5.3
 		e.touchClient(r, c)
 	}
@@ -464,6 +493,7 @@ func (e *Engine) push(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Se
 func (e *Engine) redispatch(r splice.Ref, c *splice.Client, why, evidence Reason) {
 	d := e.sideOf(c)
 	d.why = why
+	d.answered, d.question = d.answered[:0], 0
 	c.Srv = 0
 	// A request that was never bound is held whole.
 	if c.State != splice.ClientBinding && (!d.sentOK || !e.rewindable(c, d)) {
@@ -479,6 +509,11 @@ func (e *Engine) redispatch(r splice.Ref, c *splice.Client, why, evidence Reason
 	c.State = splice.ClientBinding
 	c.Tries = 0
 	c.Due = e.now + holdWait
+	if c.Epoch.ReqBase.Less(c.RcvAcked) {
+		// The failed server acknowledged the first bytes, and the client knows:
+		// it will not repeat them, so they are ours.
+		c.Flags |= splice.ClientEarlyAck
+	}
 	e.dispatch(r, c, nil, nil)
 }
 

@@ -69,6 +69,9 @@ type Event struct {
 	GSO      bool // a super-packet that the kernel will segment
 	Loopback bool // arrived on lo: a rewritten packet would not be routed
 	Short    bool // truncated copy: must not be rewritten
+	// Mark is what a policy wants the rewritten packet to carry beside the
+	// engine's own mark, 0 = nothing. Packets of the Output do not carry it.
+	Mark uint32
 	Data     []byte
 }
 
@@ -78,13 +81,21 @@ type Output struct {
 	// Relieve asks for a Step of that kind in all other shards. Reset clears
 	// it.
 	Relieve bool
+	// Questions are for plugins, each to be answered by Engine.Answer; Bans
+	// are clients that plugins want to be kept away. Reset clears both.
+	Questions []Question
+	Bans      []Ban
 
 	buf  []byte
 	ends []int
 }
 
 // Reset forgets the packets.
-func (o *Output) Reset() { o.buf, o.ends, o.Relieve = o.buf[:0], o.ends[:0], false }
+func (o *Output) Reset() {
+	o.buf, o.ends, o.Relieve = o.buf[:0], o.ends[:0], false
+	clear(o.Questions)
+	o.Questions, o.Bans = o.Questions[:0], o.Bans[:0]
+}
 
 // Len is the number of packets.
 func (o *Output) Len() int { return len(o.ends) }
@@ -152,13 +163,19 @@ type Engine struct {
 	// limitsOf is the farm whose limits farmLimits holds, see limits.
 	limitsOf   *farm.Farm
 	farmLimits http1.Limits
-	skip       snapshot.Tried // servers without capacity for the request at hand
-	opts       [40]byte       // option bytes of a crafted segment
-	rstSlot    int64          // rate limit of stateless resets: second
+	skip       snapshot.Tried             // servers without capacity for the request at hand
+	values     [snapshot.MaxFields][]byte // of fields of the request at hand
+	said       [snapshot.MaxAsks]snapshot.Answered
+	rescan     http1.RequestHead
+	asking     asks
+	opts       [40]byte // option bytes of a crafted segment
+	rstSlot    int64    // rate limit of stateless resets: second
 	rstCount   int
 	stopping   bool
 	// preopening: the timer for min_idle is in order for the present database.
 	preopening bool
+
+	access *access // nil: no access log
 
 	Count Counters
 }
@@ -180,7 +197,7 @@ func New(opt Options, db *farm.DB) *Engine {
 		waits:   map[uint16]*line{},
 		rnd:     mix(opt.Seed, 5),
 	}
-	e.wheel.init(opt.Clients + opt.Servers + 3)
+	e.wheel.init(opt.Clients + opt.Servers + 4)
 	return e
 }
 
@@ -197,6 +214,7 @@ func (e *Engine) Step(now int64, ev *Event, out *Output) {
 	e.now, e.out = now, out
 	ev.Verdict = Drop
 	if !e.preopening {
+		e.advance() // the wheel must stand at now before the first timer is set
 		e.armPreopen()
 	}
 	e.advance()

@@ -14,7 +14,6 @@ import (
 
 	"github.com/weirgate/weir/module/farm"
 	"github.com/weirgate/weir/module/packet"
-	"github.com/weirgate/weir/module/splice"
 )
 
 // seeded returns a generator whose seed is printed, and replayed when
@@ -289,6 +288,7 @@ func TestBlindInjection(t *testing.T) {
 	kinds := []packet.Flags{rst, rst | ack, syn, syn | ack, ack | psh, ack, fin | ack}
 	junk := strings.Repeat("Z", 500)
 	per := total / flows
+	retired := 0
 	for f := range flows {
 		g := newRig(t, oneServer, keepIdle)
 		g.iss = []packet.Seq{packet.Seq(rnd.Uint32()), packet.Seq(rnd.Uint32())}
@@ -338,10 +338,15 @@ func TestBlindInjection(t *testing.T) {
 			t.Fatalf("flow %d: the exchange counts as over before the client has the response: %+v", f, u)
 		}
 		a.note(g.play(g.raw(a.cli, vip, seg{fl: ack, seq: a.cseq, ack: a.cack})), 0)
+		if g.e.Count.Get(ReasonExtraBytes) > 0 {
+			// A guess that lies in both windows is doubt, as from any server:
+			// the connection ends after the response, in good order.
+			if retired++; retired > flows/5 {
+				t.Fatalf("%d connections were retired for guessed bytes", retired)
+			}
+			continue
+		}
 		if u := g.e.Usage(); u.Idle != 1 || u.Clients != 1 {
-			g.e.clients.Each(func(_ splice.Ref, c *splice.Client) bool { t.Logf("%+v", c); return true })
-			g.e.servers.Each(func(_ splice.Ref, c *splice.Server) bool { t.Logf("%+v", c); return true })
-			t.Logf("%v", a)
 			t.Fatalf("flow %d: after the exchange: %+v; %v", f, u, g.counts())
 		}
 		if g.e.Count.Get(ReasonBlindReset) == 0 {

@@ -32,6 +32,7 @@ type Flow struct {
 	ServerState  splice.ServerState
 	SNIP, Remote packet.Endpoint
 	Epoch        splice.Epoch
+	UntilClose   bool // the response ends with the server's connection
 }
 
 // sliceSlots bounds how many places of a table one slice of a visit looks at,
@@ -68,6 +69,7 @@ func (e *Engine) flow(r splice.Ref) Flow {
 	if c.Srv != 0 {
 		v, sk := e.servers.At(c.Srv), e.servers.Key(c.Srv)
 		f.Server, f.ServerState, f.SNIP, f.Remote = v.ID, v.State, sk.Dst, sk.Src
+		f.UntilClose = v.Flags&splice.ServerUntilClose != 0
 	}
 	return f
 }
@@ -238,4 +240,13 @@ func (e *Engine) LeaveVIP(now int64, vip packet.Endpoint, from splice.Ref, cut b
 		r = 0
 	})
 	return r, left
+}
+
+// FlowOf returns one client connection.
+func (e *Engine) FlowOf(client, vip packet.Endpoint) (f Flow, ok bool) {
+	r := e.clients.Lookup(&packet.Tuple{Src: client, Dst: vip})
+	if r == 0 {
+		return f, false
+	}
+	return e.flow(r), true
 }

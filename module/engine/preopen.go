@@ -6,7 +6,6 @@ import (
 	"github.com/weirgate/weir/module/farm"
 	"github.com/weirgate/weir/module/pool"
 	"github.com/weirgate/weir/module/splice"
-	"github.com/weirgate/weir/policies/snapshot"
 )
 
 // preopenEvery is how often min_idle is looked after.
@@ -40,7 +39,7 @@ func (e *Engine) preopen() {
 		}
 		again = true
 		for _, sv := range f.Servers {
-			if sv.Live.State.Load() == uint32(snapshot.Ready) {
+			if sv.Live.Usable(e.now) {
 				e.fill(f, sv)
 			}
 		}

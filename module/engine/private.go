@@ -37,7 +37,7 @@ func (e *Engine) keepPrivate(r splice.Ref, c *splice.Client, s splice.Ref, v *sp
 		return false
 	}
 	sv := e.db.Server(v.ID)
-	if sv == nil || sv.Removed() || sv.Live.State.Load() != uint32(snapshot.Ready) {
+	if sv == nil || sv.Removed() || !sv.Live.Usable(e.now) {
 		return false
 	}
 	n := 0

@@ -12,7 +12,6 @@ import (
 	"github.com/weirgate/weir/module/packet"
 	"github.com/weirgate/weir/module/pool"
 	"github.com/weirgate/weir/module/splice"
-	"github.com/weirgate/weir/policies/snapshot"
 )
 
 // Times of the engine's own small TCP toward servers, nanoseconds.
@@ -68,12 +67,17 @@ func (e *Engine) fromServer(key *packet.Tuple, p *packet.TCP, ev *Event) {
 		e.challengeServer(s, v)
 		return
 	}
+	// RFC 9293 section 3.10.7.4, first: the segment's place must be one that
+	// the server can be at. It has never had a larger window than this.
+	const reach = packet.Size(0xffff) << splice.ScaleToServer
+	if !seq.In(v.RcvNxt.Sub(reach), v.RcvNxt.Add(reach)) {
+		e.Count.add(ReasonOutOfWindow)
+		e.challengeServer(s, v)
+		return
+	}
 	advance := v.SndUna.Less(ack)
 	news := advance || p.PayloadLen() > 0 || fl.Has(packet.FIN)
-	// As with clients, the segment's place must be one that the server can be
-	// at. It has never had a larger window than this.
-	const reach = packet.Size(0xffff) << splice.ScaleToServer
-	if v.SndUna.LessEq(ack) && seq.In(v.RcvNxt.Sub(reach), v.RcvNxt.Add(reach)) {
+	if v.SndUna.LessEq(ack) {
 		v.SndUna = ack
 		if edge := ack.Add(packet.Size(splice.TrueWindow(p.Window(), v.Scale))); v.SndEdge.Less(edge) {
 			v.SndEdge = edge
@@ -215,12 +219,16 @@ func (e *Engine) connecting(s splice.Ref, v *splice.Server, p *packet.TCP) {
 		if o.SACKPermitted && pool.Class(v.Class).SACK() {
 			v.Flags |= splice.ServerSACK
 		}
+		again := v.Tries > 0 // then nobody knows which SYN was answered (RFC 6298 section 3)
 		v.Tries, v.Due = 0, 0
 		v.Last = e.now
 		v.State = splice.ServerIdle // until it is bound
 		if sv := e.db.Server(v.ID); sv != nil {
 			sv.Stats.Connecting.Add(-1)
 			sv.Stats.Established.Add(1)
+			if !again {
+				sv.Stats.ConnectTime.Add(e.now - v.Opened)
+			}
 		}
 		e.wake(v.Farm)
 		e.ackServer(s, v)
@@ -510,7 +518,7 @@ func (e *Engine) settle(s splice.Ref, v *splice.Server) {
 		why = ReasonStopped
 	case f == nil || sv == nil:
 		why = ReasonServerGone
-	case sv.Removed() || sv.Live.State.Load() != uint32(snapshot.Ready):
+	case sv.Removed() || !sv.Live.Usable(e.now):
 		why = ReasonServerGone // nothing new would ever take it
 	case f.Pool.MaxRequests > 0 && v.Requests >= uint32(f.Pool.MaxRequests):
 		why = ReasonMaxRequests
@@ -673,6 +681,7 @@ func (e *Engine) killServer(s splice.Ref, v *splice.Server, why Reason) {
 // removeServer forgets a connection; its port rests. rested says that the
 // connection was never established, so that no segment of it can be under way.
 func (e *Engine) removeServer(s splice.Ref, v *splice.Server, rested bool) {
+	e.refund(v)
 	k := *e.servers.Key(s)
 	for _, ports := range e.opt.SNIPs {
 		if ports.Addr == k.Dst.Addr && ports.Has(k.Dst.Port) {

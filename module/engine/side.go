@@ -31,8 +31,13 @@ type side struct {
 
 	req     http1.RequestHead // scanner, then result
 	scanned int               // bytes of held that req has consumed
+	want    *http1.Wanted     // the fields that req was scanned for
 	tried   snapshot.Tried
-	why     Reason // why the last attempt failed
+	// answered are the plugins' answers about the request, question the one
+	// that is open, 0 = none.
+	answered []answerOf
+	question uint64
+	why      Reason // why the last attempt failed
 }
 
 // maxKeptBuffer bounds what a free side keeps of its buffers, bytes.
@@ -69,6 +74,8 @@ func (s *sides) put(i uint32) {
 	d.frames, d.frameBytes = d.frames[:0], trim(d.frameBytes)
 	d.sent = nil
 	d.sentOK, d.scanned, d.why = false, 0, ReasonNone
+	clear(d.answered)
+	d.want, d.answered, d.question = nil, d.answered[:0], 0
 	s.free = append(s.free, i)
 	s.used--
 }

@@ -150,6 +150,9 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 	if seq.Less(limit) {
 		size = int(seq.To(limit))
 	}
+	if size > 0 && c.Epoch.SeqToServer(limit).LessEq(v.SndNxt) {
+		e.repeated(c, v)
+	}
 	switch {
 	case size == 0:
 		if e.complete(c, v) {
@@ -164,7 +167,7 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 		// A retransmission of what was parsed: the server gets our copy.
 		e.Count.add(ReasonRetransmitted)
 		held := c.Epoch.ReqBase.Add(packet.Size(len(e.sides.at(c.Side).held)))
-		e.resend(r, c, s, v, packet.MaxSeq(v.SndUna, c.Epoch.SeqToServer(seq)))
+		e.resend(r, c, s, v, again(c, v, seq))
 		if held.Less(limit) {
 			from := packet.MaxSeq(held, seq)
 			e.partToServer(r, c, s, v, body[seq.To(from):size], c.Epoch.SeqToServer(from))
@@ -220,6 +223,18 @@ func (e *Engine) looping(c *splice.Client, p *packet.TCP, side uint8) bool {
 // the way to the server: the kernel would cut a super-packet to their size.
 func (e *Engine) narrowServer(v *splice.Server) bool {
 	return v.MSS < min(e.opt.Handshake.MSS4, e.opt.Handshake.MSS6)
+}
+
+// again is the server-side number from which bytes are sent again that the
+// client repeats from seq on. What is inserted before seq goes with them: the
+// client has been told that everything before the insertion has arrived, and
+// nobody else would repeat it.
+func again(c *splice.Client, v *splice.Server, seq packet.Seq) packet.Seq {
+	from := c.Epoch.SeqToServer(seq)
+	if c.Epoch.InsLen != 0 && seq == c.Epoch.ReqBase.Add(packet.Size(c.Epoch.InsOff)) {
+		from = from.Sub(packet.Size(c.Epoch.InsLen))
+	}
+	return packet.MaxSeq(v.SndUna, from)
 }
 
 // sideHolds says whether a segment that begins at seq repeats bytes of which
@@ -363,6 +378,7 @@ func (e *Engine) forwardToServer(r splice.Ref, c *splice.Client, s splice.Ref, v
 		e.sent(v, w.Seq.Add(packet.Size(n)))
 	}
 	v.RcvAcked = packet.MaxSeq(v.RcvAcked, w.Ack)
+	ev.Mark = c.Mark
 	e.rewrite(p, ev, &w, dirty, v.MSS)
 	if e.owed == s {
 		e.owed = 0
@@ -379,6 +395,9 @@ func (e *Engine) sent(v *splice.Server, end packet.Seq) {
 		n := uint64(v.SndNxt.To(end))
 		sv.Stats.BytesIn.Add(n)
 		sv.Farm.Stats.BytesIn.Add(n)
+	}
+	if v.Flags&splice.ServerBudgeted != 0 {
+		e.spend(v, int64(v.SndNxt.To(end)))
 	}
 	v.SndNxt = end
 }
@@ -462,6 +481,9 @@ func (e *Engine) progress(r splice.Ref, c *splice.Client, s splice.Ref, v *splic
 	if v.Flags&splice.ServerReqEnd == 0 || v.SndNxt.Less(v.ReqEnd) {
 		// An early final response: the rest of the request is of no use to
 		// anybody. The client gets the response and then the end.
+		if e.access != nil {
+			e.access.served(e, r, c)
+		}
 		e.killServer(s, v, ReasonEarlyResponse)
 		c.Srv = 0
 		e.finishClient(r, c)
@@ -481,6 +503,9 @@ func (e *Engine) release(r splice.Ref, c *splice.Client, s splice.Ref, v *splice
 	}
 	v.RcvNxt = v.RespEnd
 	e.served(c, v)
+	if e.access != nil {
+		e.access.served(e, r, c)
+	}
 	c.Srv = 0
 	e.Count.add(ReasonServed)
 	if !e.keepPrivate(r, c, s, v) {
@@ -614,6 +639,17 @@ func (e *Engine) serverActive(s splice.Ref, v *splice.Server, p *packet.TCP, ev 
 		fin = false
 	}
 	if n > 0 {
+		if e.access != nil && v.RcvHigh.Less(end) {
+			e.access.passed(e, r, v.RcvHigh.To(end))
+		}
+		if seq.Less(v.RcvHigh) {
+			if sv := e.db.Server(v.ID); sv != nil {
+				sv.Stats.Retransmitted.Add(1)
+			}
+		}
+		if v.RcvHigh.Less(end) {
+			e.seen(v, v.RcvHigh, end)
+		}
 		v.RcvHigh = packet.MaxSeq(v.RcvHigh, end)
 	}
 
@@ -622,164 +658,10 @@ func (e *Engine) serverActive(s splice.Ref, v *splice.Server, p *packet.TCP, ev 
 	}
 	if n > 0 {
 		c.Flags |= splice.ClientResponded
-		if sv := e.db.Server(v.ID); sv != nil {
-			sv.Stats.BytesOut.Add(uint64(n))
-			sv.Farm.Stats.BytesOut.Add(uint64(n))
-		}
 	}
 	e.forwardToClient(r, c, s, v, p, ev, seq, body[:n], cut != 0 || n != p.PayloadLen())
 	e.dropCopies(c, v)
 	e.progress(r, c, s, v, nil, nil)
-}
-
-// follow feeds in-order bytes of a response to the scanners. It returns false
-// when the connection had to be given up.
-func (e *Engine) follow(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server, b []byte) bool {
-	for len(b) > 0 && v.Flags&(splice.ServerRespEnd|splice.ServerUntilClose) == 0 {
-		if v.Flags&splice.ServerHeadDone == 0 {
-			n, st := v.Resp.Scan(b, &e.opt.Limits)
-			v.RcvNxt = v.RcvNxt.Add(packet.Size(n))
-			b = b[n:]
-			switch st {
-			case http1.Bad:
-				e.badResponse(r, c, s, v)
-				return false
-			case http1.More:
-				return true
-			}
-			if v.Resp.Interim() {
-				if v.Resp.Status == 100 && c.Flags&splice.ClientExpect != 0 {
-					e.continued(r, c, s, v)
-				}
-				v.Resp.Again()
-				continue
-			}
-			if v.Resp.Status == 101 && !e.mayTunnel(c, v) {
-				e.Count.add(ReasonUnaskedSwitch)
-				e.badResponse(r, c, s, v)
-				return false
-			}
-			e.responseHead(c, v)
-			if v.Resp.Status == 101 {
-				e.openTunnel(r, c, s, v)
-			}
-			continue
-		}
-		n, st := v.Body.Feed(b, &e.opt.Limits)
-		v.RcvNxt = v.RcvNxt.Add(packet.Size(n))
-		b = b[n:]
-		switch st {
-		case http1.Bad:
-			// A chunk line that cannot be trusted: the end will never be
-			// known. What was passed stays, the rest passes until the close.
-			e.noReuse(v, ReasonIsolated)
-			c.Flags |= splice.ClientWantClose
-			v.Flags |= splice.ServerUntilClose
-		case http1.Done:
-			v.RespEnd = v.RcvNxt
-			v.Flags |= splice.ServerRespEnd
-		case http1.More:
-			e.nearEnd(v)
-		}
-	}
-	if v.Flags&splice.ServerUntilClose != 0 {
-		v.RcvNxt = v.RcvNxt.Add(packet.Size(len(b)))
-	} else if len(b) > 0 && v.Flags&splice.ServerRespEnd != 0 && v.RcvNxt.Less(v.RespEnd) {
-		k := min(len(b), int(v.RcvNxt.To(v.RespEnd)))
-		v.Body.Skip(uint64(k))
-		v.RcvNxt = v.RcvNxt.Add(packet.Size(k))
-	}
-	return true
-}
-
-// responseHead takes over what a final response head says.
-func (e *Engine) responseHead(c *splice.Client, v *splice.Server) {
-	h := &v.Resp
-	v.Flags |= splice.ServerHeadDone
-	v.Body.Start(h.Body, h.Length)
-	if early(v) {
-		e.noReuse(v, ReasonEarlyResponse)
-	}
-	persistent := !h.Close && (h.Minor == 1 || h.KeepAlive)
-	if !persistent {
-		e.noReuse(v, ReasonServerClose)
-		c.Flags |= splice.ClientWantClose
-	}
-	if h.Outcome != http1.Accept || h.Status == 101 {
-		e.noReuse(v, ReasonIsolated)
-		c.Flags |= splice.ClientWantClose
-	}
-	if h.ConnAuth {
-		e.private(v)
-	}
-	if h.KeepAliveTimeout > 0 {
-		v.HorizonMS = h.KeepAliveTimeout * 1000
-	}
-	if h.KeepAliveMax == 1 {
-		e.noReuse(v, ReasonMaxRequests)
-	}
-	switch h.Body {
-	case http1.BodyNone:
-		v.RespEnd = v.RcvNxt
-		v.Flags |= splice.ServerRespEnd
-	case http1.BodyUntilClose:
-		e.noReuse(v, ReasonServerClose)
-		v.Flags |= splice.ServerUntilClose
-		c.Flags |= splice.ClientWantClose
-	case http1.BodyLength:
-		if h.Length == 0 {
-			v.RespEnd = v.RcvNxt
-			v.Flags |= splice.ServerRespEnd
-		} else {
-			e.nearEnd(v)
-		}
-	}
-}
-
-// badResponse handles bytes that are no HTTP/1 response.
-func (e *Engine) badResponse(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server) {
-	e.Count.add(ReasonBadResponse)
-	e.killServer(s, v, ReasonBadResponse)
-	c.Srv = 0
-	if c.Flags&splice.ClientResponded == 0 {
-		e.answer(r, c, reply{status: 502, close: true})
-		return
-	}
-	e.resetClient(r, c, ReasonBadResponse)
-}
-
-// serverFINActive handles a server's FIN, at the number end, during an
-// exchange. It returns false when nothing is left to forward.
-func (e *Engine) serverFINActive(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server, p *packet.TCP, end packet.Seq) bool {
-	switch {
-	case v.RcvNxt != end:
-		// Not in order: the server repeats it.
-		return true
-	case v.RcvNxt == v.RcvBase && v.Flags&splice.ServerHeadDone == 0 && v.Resp.Len == 0 && c.Flags&splice.ClientResponded == 0:
-		// Closed instead of answered: the keep-alive race.
-		v.Flags |= splice.ServerFINSeen
-		e.failed(r, c, s, v, p.Ack().LessEq(v.SndBase), ReasonServerFIN)
-		return false
-	case v.Flags&splice.ServerUntilClose != 0:
-		v.RespEnd = end
-		v.Flags |= splice.ServerRespEnd | splice.ServerFINSeen
-		v.RcvHigh = packet.MaxSeq(v.RcvHigh, end)
-		e.noReuse(v, ReasonServerClose)
-		c.Flags |= splice.ClientWantClose
-		return true
-	case v.Flags&splice.ServerRespEnd != 0 && v.RespEnd == end:
-		// Complete: a server's FIN ends both sides.
-		v.Flags |= splice.ServerFINSeen
-		e.noReuse(v, ReasonServerFIN)
-		c.Flags |= splice.ClientWantClose
-		return true
-	}
-	// Truncated: the client must see that (a clean FIN would hide it).
-	e.Count.add(ReasonTruncatedResponse)
-	e.killServer(s, v, ReasonTruncatedResponse)
-	c.Srv = 0
-	e.resetClient(r, c, ReasonTruncatedResponse)
-	return false
 }
 
 // forwardToClient passes a server's segment on: seq and b are what is left of
@@ -854,6 +736,7 @@ func (e *Engine) forwardToClient(r splice.Ref, c *splice.Client, s splice.Ref, v
 			}
 		}
 	}
+	ev.Mark = c.Mark
 	e.rewrite(p, ev, &w, false, c.MSS)
 }
 

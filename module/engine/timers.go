@@ -53,6 +53,9 @@ func (e *Engine) clientDeadline(r splice.Ref, c *splice.Client) int64 {
 			last, quiet = max(last, v.Last), e.patience(c, v)
 		}
 		d = min(d, last+quiet)
+		if c.Srv != 0 {
+			d = min(d, e.unacknowledged(c, e.servers.At(c.Srv)))
+		}
 		if c.SndUna != c.SndNxt {
 			d = min(d, c.Last+2*quiet)
 		}
@@ -143,6 +146,8 @@ func (e *Engine) advance() {
 		switch {
 		case id == e.preopenTimer():
 			e.preopen()
+		case id == e.policyTimer():
+			e.retryPolicies()
 		case id == e.sweepTimer():
 			e.tombs.Expire(e.seconds())
 			e.embryos.Expire(e.seconds())
@@ -208,7 +213,7 @@ func (e *Engine) clientFires(r splice.Ref, c *splice.Client) {
 		case max(c.Last, v.Last)+quiet <= e.now && v.Flags&splice.ServerTunnel != 0:
 			e.closeTunnel(r, c, c.Srv, v)
 			return
-		case max(c.Last, v.Last)+quiet <= e.now:
+		case max(c.Last, v.Last)+quiet <= e.now, e.unacknowledged(c, v) <= e.now:
 			e.silent(r, c, c.Srv, v)
 			return
 		case c.Pace != 0 && c.Pace+t.Body <= e.now && e.slow(r, c, v):
@@ -250,7 +255,7 @@ func (e *Engine) clientFires(r splice.Ref, c *splice.Client) {
 func (e *Engine) splicedDue(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server) {
 	if c.Side != 0 {
 		d := e.sides.at(c.Side)
-		if c.Flags&splice.ClientEarlyAck != 0 && d.sentOK && v.SndUna.Less(v.SndBase.Add(packet.Size(e.sendable(c, d)))) {
+		if d.sentOK && v.SndUna.Less(v.SndBase.Add(packet.Size(e.sendable(c, d)))) {
 			if c.Tries++; c.Tries > maxTries {
 				e.silent(r, c, s, v)
 				return

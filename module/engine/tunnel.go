@@ -81,7 +81,7 @@ func (e *Engine) tunnelToServer(r splice.Ref, c *splice.Client, s splice.Ref, v 
 	}
 	if n > 0 && e.sideHolds(c, from) {
 		// A repetition of what came before the 101: the server gets our copy.
-		e.resend(r, c, s, v, packet.MaxSeq(v.SndUna, c.Epoch.SeqToServer(from)))
+		e.resend(r, c, s, v, again(c, v, from))
 		held := c.Epoch.ReqBase.Add(packet.Size(len(e.sides.at(c.Side).held)))
 		k := min(len(body), int(from.To(held)))
 		body, from, whole = body[k:], from.Add(packet.Size(k)), false

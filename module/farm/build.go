@@ -25,7 +25,11 @@ type FarmSpec struct {
 	Servers   []ServerSpec
 	Pool      PoolLimits
 	Timeouts  Timeouts
+	Limits    Limits
 	Forwarded ForwardedMode
+	// ForwardedTrust and RouteSafety are as in Farm.
+	ForwardedTrust []netip.Prefix
+	RouteSafety    RouteSafety
 
 	// Policies are the farm's policies in their order, with the snapshots that
 	// are at hand. If they are the same as before, but without snapshots, and
@@ -141,7 +145,8 @@ func (b *builder) farm(spec *FarmSpec, snips []netip.Addr) error {
 	}
 	f := &Farm{
 		Name: spec.Name, Generation: b.db.Generation,
-		Pool: spec.Pool, Timeouts: spec.Timeouts, Forwarded: spec.Forwarded,
+		Pool: spec.Pool, Timeouts: spec.Timeouts, Limits: spec.Limits, Forwarded: spec.Forwarded,
+		ForwardedTrust: slices.Clone(spec.ForwardedTrust), RouteSafety: spec.RouteSafety,
 		Policies: slices.Clone(spec.Policies),
 	}
 	old := b.oldFarms[spec.Name]
@@ -193,10 +198,36 @@ func (b *builder) farm(spec *FarmSpec, snips []netip.Addr) error {
 		if sel, err = snapshot.NewSelector(configs, spec.Policies); err != nil {
 			return fmt.Errorf("farm %q: %w", spec.Name, err)
 		}
+		if old != nil {
+			sel.Adopt(old.Selector.Load())
+		}
 	}
-	f.Selector.Store(sel)
+	if err := f.SetSelector(sel); err != nil {
+		return err
+	}
+	for i := range f.Policies {
+		st := old.policyStats(f.Policies[i].Name)
+		if st == nil {
+			st = new(PolicyStats)
+		}
+		f.PolicyStats = append(f.PolicyStats, st)
+	}
 	b.farms[f.ID] = f
 	b.db.Farms = append(b.db.Farms, f)
+	return nil
+}
+
+// policyStats returns the counters of a policy by its name, nil if there are
+// none. f may be nil.
+func (f *Farm) policyStats(name string) *PolicyStats {
+	if f == nil {
+		return nil
+	}
+	for i := range f.Policies {
+		if f.Policies[i].Name == name {
+			return f.PolicyStats[i]
+		}
+	}
 	return nil
 }
 
@@ -211,7 +242,8 @@ func keptSelector(old *Farm, policies []snapshot.Policy, servers []snapshot.Serv
 		return nil
 	}
 	same := slices.EqualFunc(old.Policies, policies, func(o, n snapshot.Policy) bool {
-		return n.Snapshot == nil && o.Name == n.Name && o.OnEmpty == n.OnEmpty && o.RoutePolicy == n.RoutePolicy
+		return n.Snapshot == nil && o.Name == n.Name && o.OnEmpty == n.OnEmpty && o.RoutePolicy == n.RoutePolicy &&
+			o.Shadow == n.Shadow && o.Fallback == n.Fallback && o.Ask.Equal(n.Ask)
 	})
 	if !same {
 		return nil
@@ -301,9 +333,11 @@ func removedFarm(old *Farm) *Farm {
 	f := &Farm{
 		ID: old.ID, Name: old.Name, Generation: old.Generation, Removed: true,
 		VIPs: old.VIPs, Servers: slices.Clone(old.Servers), Lives: old.Lives, SNIPs: old.SNIPs,
-		Pool: old.Pool, Timeouts: old.Timeouts, Forwarded: old.Forwarded, Policies: old.Policies,
-		Stats: old.Stats,
+		Pool: old.Pool, Timeouts: old.Timeouts, Limits: old.Limits, Forwarded: old.Forwarded,
+		ForwardedTrust: old.ForwardedTrust, RouteSafety: old.RouteSafety, Policies: old.Policies,
+		Stats: old.Stats, PolicyStats: old.PolicyStats,
 	}
+	f.Wanted.Store(old.Wanted.Load())
 	f.Selector.Store(old.Selector.Load())
 	return f
 }

@@ -21,8 +21,11 @@
 package farm
 
 import (
+	"fmt"
+	"net/netip"
 	"sync/atomic"
 
+	"github.com/weirgate/weir/module/http1"
 	"github.com/weirgate/weir/module/packet"
 	"github.com/weirgate/weir/policies/snapshot"
 )
@@ -94,16 +97,63 @@ type Farm struct {
 	SNIPs     []packet.Addr    // of the farm's family
 	Pool      PoolLimits
 	Timeouts  Timeouts
+	Limits    Limits
 	Forwarded ForwardedMode
-	Policies  []snapshot.Policy // as given in the Spec
+	// ForwardedTrust are the clients whose own forwarding fields are kept: the
+	// proxies in front.
+	ForwardedTrust []netip.Prefix
+	RouteSafety    RouteSafety
+	Policies       []snapshot.Policy // as given in the Spec
 
 	// Selector is what the engine chooses with; it is never nil, and its
-	// servers are Servers. Whoever collects the plugins' snapshots swaps it, in
-	// the newest generation; Build copies the one of the generation before, so
-	// swaps and builds take turns.
+	// servers are Servers. Whoever collects the plugins' snapshots swaps it by
+	// SetSelector, in the newest generation; Build copies the one of the
+	// generation before, so swaps and builds take turns.
 	Selector atomic.Pointer[snapshot.Selector]
+	// Wanted are the fields of requests that the Selector looks at; nil: none.
+	// A head that was scanned for another set is scanned again.
+	Wanted atomic.Pointer[http1.Wanted]
+	// PolicyStats are the counters of Policies, in the same order, shared by
+	// the generations that have a policy of the name.
+	PolicyStats []*PolicyStats
 
 	Stats *FarmStats // shared by all generations
+}
+
+// CountLate counts a request to which a policy's plugin gave no answer.
+func (f *Farm) CountLate(policy string) {
+	if st := f.policyStats(policy); st != nil {
+		st.Late.Add(1)
+	}
+}
+
+// SetSelector puts a Selector into use, together with the fields that it looks
+// at.
+func (f *Farm) SetSelector(s *snapshot.Selector) error {
+	var w *http1.Wanted
+	if names := s.Fields(); len(names) > 0 {
+		if w = f.Wanted.Load(); w == nil || !sameNames(w, names) {
+			var err error
+			if w, err = http1.NewWanted(names...); err != nil {
+				return fmt.Errorf("farm %q: %w", f.Name, err)
+			}
+		}
+	}
+	f.Wanted.Store(w)
+	f.Selector.Store(s)
+	return nil
+}
+
+func sameNames(w *http1.Wanted, names []string) bool {
+	if w.Len() != len(names) {
+		return false
+	}
+	for i, n := range names {
+		if w.Name(i) != n {
+			return false
+		}
+	}
+	return true
 }
 
 // Is4 reports whether the farm is served over IPv4.
@@ -150,8 +200,57 @@ type PoolLimits struct {
 type Timeouts struct {
 	Connect  int64 // establishment of a server connection
 	Head     int64 // from the first byte of a request to the end of its head
+	Body     int64 // over which the pace of a request's body is measured; 0 means no pace
 	Idle     int64 // a client connection between requests
 	Response int64 // silence of the server while a response is due
+	Tunnel   int64 // silence of both sides of an upgraded connection; 0 means an hour
+}
+
+// Limits bounds what clients may send. A 0 is the engine's own limit, which
+// suits public servers.
+type Limits struct {
+	Head     uint32 // a request head, bytes
+	Fields   uint16 // field lines of a request head
+	Target   uint16 // the request target, bytes
+	ChunkExt uint16 // the extensions of one chunk line, bytes
+	Trailers uint32 // the trailer section, bytes
+	BodyRate int64  // least pace of a request's body, bytes per second; 0 is no limit
+}
+
+// RouteSafety says what happens to a request whose path a server may read as
+// another one than the routes do.
+type RouteSafety uint8
+
+const (
+	RouteSafetyAuto   RouteSafety = iota // reject where the farm has routes
+	RouteSafetyReject                    // answer 400
+	RouteSafetyPass                      // the servers' business
+)
+
+var routeSafetyNames = [...]string{"", "reject", "pass"}
+
+// ParseRouteSafety reads the word of the configuration.
+func ParseRouteSafety(s string) (r RouteSafety, ok bool) {
+	for i, n := range routeSafetyNames {
+		if n == s {
+			return RouteSafety(i), true
+		}
+	}
+	return 0, false
+}
+
+// Trusts reports whether a client's own forwarding fields are to be kept.
+func (f *Farm) Trusts(a packet.Addr) bool {
+	if len(f.ForwardedTrust) == 0 {
+		return false
+	}
+	addr := a.Netip()
+	for _, p := range f.ForwardedTrust {
+		if p.Contains(addr) {
+			return true
+		}
+	}
+	return false
 }
 
 // ForwardedMode says which field tells the servers the client's address.

@@ -2,7 +2,11 @@
 
 package farm
 
-import "sync/atomic"
+import (
+	"sync/atomic"
+
+	"github.com/weirgate/weir/policies/snapshot"
+)
 
 // FarmStats counts what happened in a farm since it came into being. All
 // fields but Waiting only grow. Every shard adds, anybody reads; two counters
@@ -22,6 +26,23 @@ type FarmStats struct {
 	BytesOut          atomic.Uint64 // payload from servers to clients
 
 	Waiting atomic.Int32 // requests that wait now, over all shards
+
+	ClientRoundTrip Histogram     // as handshakes show it
+	Retransmitted   atomic.Uint64 // segments that clients sent again
+	Live            snapshot.FarmLive
+}
+
+// PolicyStats counts what a policy of a farm did since it came into the farm's
+// list.
+type PolicyStats struct {
+	Decided   atomic.Uint64 // requests that it rejected, redirected, held or gave to its affinity's server
+	Emptied   atomic.Uint64 // left no candidate, and was ignored
+	Skipped   atomic.Uint64 // its affinity's server was no candidate
+	Compared  atomic.Uint64 // shadow: had an opinion
+	Disagreed atomic.Uint64 // shadow: would have decided otherwise
+	Asked     atomic.Uint64 // requests for which its plugin was asked
+	Cached    atomic.Uint64 // requests for which an answer was at hand
+	Late      atomic.Uint64 // requests that got no answer
 }
 
 // ServerStats counts what happened with a server since it came into being. All
@@ -37,6 +58,12 @@ type ServerStats struct {
 	BytesOut     atomic.Uint64 // payload from the server
 	Closed       [CloseKinds]atomic.Uint64
 	Failed       [FailKinds]atomic.Uint64
+
+	ServerErrors         atomic.Uint64 // response heads with a status of 500 to 599
+	ConnectTime          Histogram     // of the handshakes that were completed
+	FirstByte            Histogram     // from a request's first byte until its response's head
+	Retransmitted        atomic.Uint64 // segments that the server sent again
+	RequestRetransmitted atomic.Uint64 // segments of requests that were sent to it again
 
 	// Horizon is how long the server was seen to keep idle connections, in
 	// nanoseconds with a margin taken off; 0 is unknown.

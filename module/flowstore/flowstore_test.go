@@ -185,3 +185,22 @@ func TestTableAllocatesNothing(t *testing.T) {
 		t.Errorf("%v allocations", n)
 	}
 }
+
+// Expiry in a large ring that is nearly empty costs what was put, not what
+// fits: it is counted in places looked at, not in time.
+func TestRingExpiryIsLocal(t *testing.T) {
+	g := NewRing(1<<18, 10, 7)
+	const n = 2000
+	for i := range uint32(n) {
+		g.Put(Brief{Key: tuple(i + 1)}, 100)
+	}
+	for i := range uint32(n / 2) {
+		k := tuple(2*i + 1)
+		g.Remove(&k)
+	}
+	before := g.tail
+	g.Expire(200)
+	if g.Len() != 0 || g.tail-before > n {
+		t.Errorf("%d left, the tail moved %d places for %d entries", g.Len(), g.tail-before, n)
+	}
+}

@@ -15,8 +15,8 @@ type Brief struct {
 	Key      packet.Tuple
 	IRS, ISS packet.Seq
 	SndNxt   packet.Seq // of a tombstone: end of what we sent
-	Options  uint8 // cookie option bits of an embryo
-	Octave   uint8 // of an embryo's round-trip time
+	Options  uint8      // cookie option bits of an embryo
+	Octave   uint8      // of an embryo's round-trip time
 	dead     bool
 	next     uint32 // chain of the same bucket
 	born     uint32 // seconds of the engine's clock
@@ -30,6 +30,7 @@ type Ring struct {
 	mask    uint32
 	seed    uint64
 	head    uint32 // next place to write
+	tail    uint32 // oldest place that may be in use: entries lie in [tail, head)
 	n       int
 	life    uint32 // seconds
 }
@@ -62,16 +63,19 @@ func (g *Ring) Put(b Brief, nowSeconds uint32) (evicted bool) {
 		evicted = nowSeconds-it.born < g.life
 		g.unlink(g.head)
 	}
+	switch {
+	case g.n == 0:
+		g.tail = g.head
+	case g.head == g.tail:
+		g.tail = g.after(g.tail)
+	}
 	b.born, b.dead = nowSeconds, false
 	bk := g.bucket(&b.Key)
 	b.next = *bk
 	*bk = g.head + 1
 	*it = b
 	g.n++
-	g.head++
-	if int(g.head) == len(g.items) {
-		g.head = 0
-	}
+	g.head = g.after(g.head)
 	return evicted
 }
 
@@ -98,31 +102,24 @@ func (g *Ring) Remove(k *packet.Tuple) {
 }
 
 // Expire drops the entries that are past their life. It costs no more than
-// the number of entries dropped.
+// the entries put since they were.
 func (g *Ring) Expire(nowSeconds uint32) {
-	for range len(g.items) {
-		if g.n == 0 {
-			return
-		}
-		tail := g.tail()
-		it := &g.items[tail]
-		if it.used() && nowSeconds-it.born < g.life {
-			return
-		}
+	for g.n > 0 {
+		it := &g.items[g.tail]
 		if it.used() {
-			g.unlink(tail)
+			if nowSeconds-it.born < g.life {
+				return
+			}
+			g.unlink(g.tail)
 		}
+		g.tail = g.after(g.tail)
 	}
 }
 
-// tail is the place of the oldest entry that is still linked.
-func (g *Ring) tail() uint32 {
-	i := g.head
-	for !g.items[i].used() {
-		i++
-		if int(i) == len(g.items) {
-			i = 0
-		}
+// after is the place behind i.
+func (g *Ring) after(i uint32) uint32 {
+	if i++; int(i) == len(g.items) {
+		return 0
 	}
 	return i
 }

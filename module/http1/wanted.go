@@ -48,6 +48,19 @@ func (w *Wanted) Len() int { return int(w.n) }
 // Name returns name i in lower case.
 func (w *Wanted) Name(i int) string { return string(w.name[i][:w.len[i]]) }
 
+// Index returns the index of a name, in lower case, or -1.
+func (w *Wanted) Index(name string) int {
+	if len(name) > keptName {
+		return -1
+	}
+	for i, m := 0, w.byLen[len(name)]; m != 0; i, m = i+1, m>>1 {
+		if m&1 != 0 && string(w.name[i][:len(name)]) == name {
+			return i
+		}
+	}
+	return -1
+}
+
 // index returns the index of a name, plus one, or zero.
 func (w *Wanted) index(name []byte) uint8 {
 	if len(name) > keptName {

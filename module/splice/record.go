@@ -8,7 +8,7 @@ import (
 )
 
 // RecordVersion changes whenever the layout of a record changes.
-const RecordVersion = 2
+const RecordVersion = 3
 
 // Ref names a record of a flow table; 0 is none.
 type Ref uint32
@@ -98,6 +98,7 @@ type Client struct {
 	Kept    uint32     // the engine's memory of segments beyond a gap, 0 = none
 	Side    uint32     // the engine's side memory (held bytes), 0 = none
 	Epoch   Epoch      // equations of the present request
+	Mark    uint32     // of packets of the present exchange, from a policy; 0 = none
 	HeadLen uint32     // client's bytes of the present head
 	ReqEnd  packet.Seq // end of the present request (ClientReqEndKnown)
 	ReqBody http1.Body // cursor through the request's body, at RcvNxt
@@ -134,6 +135,9 @@ const (
 	ServerFINAcked               // the server acknowledged our FIN
 	ServerTunnel                 // after a 101: both directions pass without framing, FINs too
 	ServerPrivate                // its authentication belongs to one client, who keeps it
+	ServerEarly                  // the present response head began before the server had the whole request
+	ServerBudgeted               // the exchange's bytes count against a budget
+	ServerReserved               // those of the response do already
 )
 
 // Server is the record of one pooled connection. Sequence numbers are those of
@@ -172,6 +176,7 @@ type Server struct {
 	Drained   uint32 // bytes acknowledged for a client that left
 	HorizonMS uint32 // the server's Keep-Alive hint, 0 = none
 	Opened    int64
+	Bound     int64 // when the present epoch began
 	Idle      int64 // since when idle
 	Last      int64
 	Due       int64
