@@ -42,6 +42,12 @@ func SnapshotToProto(s *Snapshot) *policypb.Snapshot {
 	if s.Routes != nil {
 		p.Routes = routesToProto(s.Routes)
 	}
+	if s.Affinity != nil {
+		p.Affinity = affinityToProto(s.Affinity)
+	}
+	if s.Budgets != nil {
+		p.Budgets = budgetsToProto(s.Budgets)
+	}
 	if s.Eligibility != nil {
 		p.Eligibility = &policypb.Eligibility{}
 		for _, e := range s.Eligibility.Servers {
@@ -73,6 +79,9 @@ func routesToProto(in *Routes) *policypb.Routes {
 	for i := range in.Routes {
 		r := &in.Routes[i]
 		m := &policypb.Route{Host: r.Host, Path: r.Path, Prefix: r.Prefix}
+		for _, f := range r.Fields {
+			m.Fields = append(m.Fields, &policypb.FieldMatch{Field: &policypb.Field{Name: f.Field.Name, Cookie: f.Field.Cookie}, Value: f.Value})
+		}
 		switch {
 		case r.Reject != 0:
 			m.Action = &policypb.Route_Reject{Reject: &policypb.Reject{Status: uint32(r.Reject), RetryAfter: r.RetryAfter}}
@@ -91,7 +100,7 @@ func routesToProto(in *Routes) *policypb.Routes {
 }
 
 // SnapshotFromProto returns the snapshot of a message. received is when it
-// came and expiry how long eligibility and scores hold at most; 0 is for ever.
+// came and expiry how long eligibility, budgets and scores hold at most; 0 is for ever.
 // Whether the snapshot fits a farm is for snapshot.NewSelector to say.
 func SnapshotFromProto(plugin string, p *policypb.Snapshot, received time.Time, expiry time.Duration) (*Snapshot, error) {
 	s := &Snapshot{Plugin: plugin, Generation: p.GetGeneration(), Expires: Expires(p, received, expiry)}
@@ -101,6 +110,20 @@ func SnapshotFromProto(plugin string, p *policypb.Snapshot, received time.Time, 
 			return nil, err
 		}
 		s.Routes = r
+	}
+	if p.GetAffinity() != nil {
+		a, err := affinityFromProto(plugin, p.GetAffinity())
+		if err != nil {
+			return nil, err
+		}
+		s.Affinity = a
+	}
+	if p.GetBudgets() != nil {
+		b, err := budgetsFromProto(plugin, p.GetBudgets())
+		if err != nil {
+			return nil, err
+		}
+		s.Budgets = b
 	}
 	if p.GetEligibility() != nil {
 		s.Eligibility = &Eligibility{}
@@ -118,9 +141,9 @@ func SnapshotFromProto(plugin string, p *policypb.Snapshot, received time.Time, 
 }
 
 // Expires returns when what a message says ceases to hold, in nanoseconds since
-// 1970, or 0 for never: routes alone never do.
+// 1970, or 0 for never: routes and affinity never do.
 func Expires(p *policypb.Snapshot, received time.Time, expiry time.Duration) int64 {
-	if p.GetEligibility() == nil && p.GetScores() == nil {
+	if p.GetEligibility() == nil && p.GetScores() == nil && p.GetBudgets() == nil {
 		return 0
 	}
 	if ms := p.GetValidMs(); ms > 0 && ms < math.MaxInt64/uint64(time.Millisecond) {
@@ -139,6 +162,9 @@ func routesFromProto(plugin string, p *policypb.Routes) (*Routes, error) {
 	sets := p.GetSets()
 	for _, m := range p.GetRoutes() {
 		route := Route{Host: m.GetHost(), Path: m.GetPath(), Prefix: m.GetPrefix()}
+		for _, f := range m.GetFields() {
+			route.Fields = append(route.Fields, FieldMatch{Field: Field{Name: f.GetField().GetName(), Cookie: f.GetField().GetCookie()}, Value: f.GetValue()})
+		}
 		fail := func(format string, args ...any) error {
 			return &snapshot.Error{Plugin: plugin, Route: route.String(), Msg: fmt.Sprintf(format, args...)}
 		}
@@ -171,4 +197,69 @@ func routesFromProto(plugin string, p *policypb.Routes) (*Routes, error) {
 		r.Default = sets[n].GetServers()
 	}
 	return r, nil
+}
+
+func affinityToProto(in *Affinity) *policypb.Affinity {
+	p := &policypb.Affinity{Hash: in.Hash, HashServers: in.Servers, Key: &policypb.AffinityKey{Bits4: uint32(in.Key.Bits4), Bits6: uint32(in.Key.Bits6)}}
+	if f := in.Key.Field; f.Name != "" {
+		p.Key.Field = &policypb.Field{Name: f.Name, Cookie: f.Cookie}
+	}
+	for _, e := range in.Table {
+		p.Table = append(p.Table, &policypb.Pin{Value: e.Value, Server: e.Server})
+	}
+	return p
+}
+
+func affinityFromProto(plugin string, p *policypb.Affinity) (*Affinity, error) {
+	k := p.GetKey()
+	if k.GetBits4() > 32 || k.GetBits6() > 128 {
+		return nil, &snapshot.Error{Plugin: plugin, Msg: fmt.Sprintf("has an affinity to %d bits of an IPv4 and %d of an IPv6 address", k.GetBits4(), k.GetBits6())}
+	}
+	a := &Affinity{
+		Key:  AffinityKey{Field: Field{Name: k.GetField().GetName(), Cookie: k.GetField().GetCookie()}, Bits4: uint8(k.GetBits4()), Bits6: uint8(k.GetBits6())},
+		Hash: p.GetHash(), Servers: p.GetHashServers(),
+	}
+	for _, e := range p.GetTable() {
+		a.Table = append(a.Table, Pin{Value: e.GetValue(), Server: e.GetServer()})
+	}
+	return a, nil
+}
+
+func budgetsToProto(in *Budgets) *policypb.Budgets {
+	p := &policypb.Budgets{}
+	one := func(b *Budget) *policypb.Budget {
+		return &policypb.Budget{Server: b.Server, BytesPerSecond: b.Rate, Burst: b.Burst, AtCap: policypb.AtCap(b.AtCap)}
+	}
+	for i := range in.Servers {
+		p.Servers = append(p.Servers, one(&in.Servers[i]))
+	}
+	if in.Farm != nil {
+		p.Farm = one(in.Farm)
+	}
+	return p
+}
+
+func budgetsFromProto(plugin string, p *policypb.Budgets) (*Budgets, error) {
+	out := &Budgets{}
+	one := func(b *policypb.Budget) (Budget, error) {
+		if c := b.GetAtCap(); c < policypb.AtCap_AT_CAP_SKIP || c > policypb.AtCap_AT_CAP_IGNORE {
+			return Budget{}, &snapshot.Error{Plugin: plugin, Server: b.GetServer(), Msg: fmt.Sprintf("has a budget with at_cap %d, which this version does not know", c)}
+		}
+		return Budget{Server: b.GetServer(), Rate: b.GetBytesPerSecond(), Burst: b.GetBurst(), AtCap: snapshot.AtCap(b.GetAtCap())}, nil
+	}
+	for _, b := range p.GetServers() {
+		v, err := one(b)
+		if err != nil {
+			return nil, err
+		}
+		out.Servers = append(out.Servers, v)
+	}
+	if p.GetFarm() != nil {
+		v, err := one(p.GetFarm())
+		if err != nil {
+			return nil, err
+		}
+		out.Farm = &v
+	}
+	return out, nil
 }

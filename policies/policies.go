@@ -31,6 +31,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/go-plugin"
 
@@ -76,6 +77,12 @@ type (
 	Eligible    = snapshot.Eligible
 	Scores      = snapshot.Scores
 	Score       = snapshot.Score
+	FieldMatch  = snapshot.FieldMatch
+	Affinity    = snapshot.Affinity
+	AffinityKey = snapshot.AffinityKey
+	Pin         = snapshot.Pin
+	Budgets     = snapshot.Budgets
+	Budget      = snapshot.Budget
 
 	Telemetry       = policypb.Telemetry
 	ServerTelemetry = policypb.ServerTelemetry
@@ -87,6 +94,8 @@ const (
 	SendsRoutes      = policypb.SnapshotKind_SNAPSHOT_KIND_ROUTES
 	SendsEligibility = policypb.SnapshotKind_SNAPSHOT_KIND_ELIGIBILITY
 	SendsScores      = policypb.SnapshotKind_SNAPSHOT_KIND_SCORES
+	SendsBudgets     = policypb.SnapshotKind_SNAPSHOT_KIND_BUDGETS
+	SendsAffinity    = policypb.SnapshotKind_SNAPSHOT_KIND_AFFINITY
 )
 
 // Plugin describes a plugin to Serve.
@@ -100,6 +109,13 @@ type Plugin struct {
 	// Sends says what its snapshots may hold. With SendsRoutes a farm answers
 	// 503 until the first routes are there, instead of guessing.
 	Sends []Kind
+
+	// Tick is how often it wants a Tick, 100 ms to 1 s; 0 leaves it to Weir.
+	Tick time.Duration
+
+	// Ask says what Decide wants to know of a request; nil: the plugin is not
+	// to be asked. Its policies have to be Deciders.
+	Ask *AskKey
 }
 
 // Policy is what a plugin does for one farm. Its methods are never called at

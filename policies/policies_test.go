@@ -108,7 +108,13 @@ func TestConvertRoundTrip(t *testing.T) {
 			{Prefix: "/b/", Target: Target{Servers: []string{"s1", "s2"}}},
 			{Prefix: "/c/", Target: Target{Reject: 403, RetryAfter: 5}},
 			{Prefix: "/d/", Target: Target{Redirect: 308, Location: "/e/"}},
+			{Prefix: "/d/", Fields: []FieldMatch{{Field: Field{Name: "X-Tenant"}, Value: "a"}, {Field: Field{Name: "beta", Cookie: true}}}, Target: Target{Reject: 404}},
 		}, Default: []string{"s3"}},
+		Affinity: &Affinity{Key: AffinityKey{Field: Field{Name: "sid", Cookie: true}, Bits4: 24, Bits6: 64}, Table: []Pin{{Value: "x", Server: "s1"}}, Hash: true, Servers: []string{"s1", "s2"}},
+		Budgets: &Budgets{
+			Servers: []Budget{{Server: "s1", Rate: 1.5, Burst: 3, AtCap: snapshot.AtCapWait}, {Server: "s2", Rate: 1, Burst: 1}},
+			Farm:    &Budget{Rate: 7, Burst: 8, AtCap: snapshot.AtCapIgnore},
+		},
 		Eligibility: &Eligibility{Servers: []Eligible{{Server: "s1", Reason: "tired"}, {Server: "s2", Eligible: true}}},
 		Scores:      &Scores{Servers: []Score{{Server: "s1", Score: 2.5}}},
 	}
@@ -302,5 +308,154 @@ func TestExampleIsShort(t *testing.T) {
 	}
 	if n := bytes.Count(b, []byte("\n")); n > 40 {
 		t.Errorf("the example has %d lines", n)
+	}
+}
+
+func TestUnits(t *testing.T) {
+	for in, want := range map[string]float64{"100Mbit": 12.5e6, "1gbit": 125e6, "8": 1, "12mbps": 12e6, "1Kibit": 128, "0.5Gbit": 62.5e6} {
+		var r Rate
+		if err := r.UnmarshalText([]byte(in)); err != nil || float64(r) != want {
+			t.Errorf("%s: %g, %v; want %g", in, float64(r), err, want)
+		}
+	}
+	for _, in := range []string{"", "fast", "100MB", "-1Mbit", "1..2Mbit", "Mbit"} {
+		if err := new(Rate).UnmarshalText([]byte(in)); err == nil {
+			t.Errorf("rate %q is taken", in)
+		}
+	}
+	for in, want := range map[string]Size{"0": 0, "65536": 65536, "64KiB": 65536, "2GiB": 2 << 30} {
+		var s Size
+		if err := s.UnmarshalText([]byte(in)); err != nil || s != want {
+			t.Errorf("%s: %d, %v; want %d", in, s, err, want)
+		}
+	}
+	for _, in := range []string{"", "1KB", "-1", "+1", "1.5MiB", "9999999999GiB"} {
+		if err := new(Size).UnmarshalText([]byte(in)); err == nil {
+			t.Errorf("size %q is taken", in)
+		}
+	}
+	if got := Rate(2.5e6).String(); got != "20Mbit" {
+		t.Error(got)
+	}
+}
+
+func TestTelemetryHelpers(t *testing.T) {
+	a := &Histogram{SumNanos: 1000, Counts: []uint64{2, 1}}
+	b := &Histogram{SumNanos: 5000, Counts: []uint64{2, 2, 0, 1}}
+	if m, n := Mean(b, a); m != 2000 || n != 2 {
+		t.Errorf("mean %d of %d", m, n)
+	}
+	if m, n := Mean(a, b); m != 333 || n != 3 {
+		t.Errorf("after a restart: mean %d of %d", m, n)
+	}
+	if m, n := Mean(a, a); m != 0 || n != 0 {
+		t.Errorf("nothing new: mean %d of %d", m, n)
+	}
+	if Peak(b, a) != BoundOf(3) || Peak(a, a) != 0 || Peak(a, b) != BoundOf(1) || Peak(a, nil) != BoundOf(1) {
+		t.Errorf("peaks %s %s %s %s", Peak(b, a), Peak(a, a), Peak(a, b), Peak(a, nil))
+	}
+	if Since(5, 3) != 2 || Since(2, 3) != 2 {
+		t.Error("Since is wrong")
+	}
+	tel := &Telemetry{Servers: []*ServerTelemetry{{Name: "s1", Active: 3}}}
+	if TelemetryOf(tel, "s1").Active != 3 || TelemetryOf(tel, "s2") == nil || TelemetryOf(nil, "s2") == nil {
+		t.Error("TelemetryOf is wrong")
+	}
+}
+
+// asked is a policy that answers questions.
+type asked struct {
+	answer func(*Question) (*Answer, error)
+}
+
+func (*asked) Configure(Farm, []byte) error                  { return nil }
+func (*asked) Tick(Farm, *Telemetry) (*Snapshot, error)      { return nil, nil }
+func (a *asked) Decide(_ Farm, q *Question) (*Answer, error) { return a.answer(q) }
+
+func TestDecide(t *testing.T) {
+	ctx := context.Background()
+	var got *Question
+	var answer *Answer
+	var fail error
+	key := &AskKey{Method: true, Host: true, Path: true, Segments: 2, Fields: []Field{{Name: "X-Tenant"}, {Name: "sid", Cookie: true}}, Client: true, Bits4: 24}
+	p := Plugin{Name: "p", Ask: key, New: func() Policy {
+		return &asked{func(q *Question) (*Answer, error) { got = q; return answer, fail }}
+	}}
+	if err := p.check(); err != nil {
+		t.Fatal(err)
+	}
+	s := newServer(p)
+	d, err := s.Describe(ctx, nil)
+	if err != nil || len(d.Capabilities) != 2 || d.Capabilities[1].Name != CapabilityAsk {
+		t.Fatalf("%v, %v", d, err)
+	}
+	if k, err := AskKeyFromProto(d.Ask); err != nil || !k.Equal(key) {
+		t.Errorf("%+v, %v", k, err)
+	}
+	if _, err := s.Decide(ctx, &policypb.DecideRequest{Farm: "web"}); status.Code(err) != codes.NotFound {
+		t.Errorf("a farm that is not there: %v", err)
+	}
+	if _, err := s.Configure(ctx, &policypb.ConfigureRequest{Farm: &policypb.Farm{Name: "web", Servers: []*policypb.Server{{Name: "s1"}}}}); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := s.Tick(ctx, &policypb.TickRequest{Farm: "web"}); err != nil || r.Snapshot.GetGeneration() != 1 {
+		t.Errorf("a plugin that is only asked does not say that it is there: %v, %v", r, err)
+	}
+	q := &Question{Key: snapshot.Key{
+		Method: "GET", Host: "a.example", Path: "/a/b", Client: netip.MustParsePrefix("198.51.100.0/24"),
+		Fields: []snapshot.KeyField{{Field: Field{Name: "X-Tenant"}, Value: "blue", Present: true}, {Field: Field{Name: "sid", Cookie: true}}},
+	}, Attempt: 2, Tried: []string{"s1"}}
+	decide := func() (*policypb.DecideResponse, error) { return s.Decide(ctx, QuestionToProto("web", q)) }
+	answer = &Answer{Servers: []string{"s1"}, Scores: map[string]float64{"s1": 3}, TTL: 1500 * time.Millisecond, Mark: 9, Ban: time.Minute}
+	r, err := decide()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !reflect.DeepEqual(got, q) || got.Header("x-tenant") != "blue" || got.Cookie("sid") != "" || got.Header("sid") != "" {
+		t.Errorf("%+v\nwant %+v", got, q)
+	}
+	a, ttl, err := AnswerFromProto(r)
+	if err != nil || ttl != 1500*time.Millisecond || !reflect.DeepEqual(*a, snapshot.Answer{Servers: []Score{{Server: "s1", Score: 3}}, Mark: 9, Ban: 60}) {
+		t.Errorf("%+v %v %v", a, ttl, err)
+	}
+	for _, c := range []struct {
+		a    *Answer
+		want snapshot.Answer
+		bad  bool
+	}{
+		{nil, snapshot.Answer{}, false},
+		{&Answer{Reject: 403, RetryAfter: 2}, snapshot.Answer{Reject: 403, RetryAfter: 2}, false},
+		{&Answer{Redirect: 302, Location: "/x"}, snapshot.Answer{Redirect: 302, Location: "/x"}, false},
+		{&Answer{Servers: []string{"s9"}}, snapshot.Answer{}, true},
+		{&Answer{Reject: 403, Redirect: 302}, snapshot.Answer{}, true},
+	} {
+		answer = c.a
+		r, err := decide()
+		if (err != nil) != c.bad {
+			t.Errorf("%+v: %v", c.a, err)
+		}
+		if err != nil {
+			continue
+		}
+		if a, _, err := AnswerFromProto(r); err != nil || !reflect.DeepEqual(*a, c.want) {
+			t.Errorf("%+v: %+v, %v", c.a, a, err)
+		}
+	}
+	fail = errors.New("no idea")
+	if _, err := decide(); status.Convert(err).Message() != "no idea" {
+		t.Error(err)
+	}
+	for _, r := range []*policypb.DecideResponse{
+		{Answer: &policypb.DecideResponse_Servers{Servers: &policypb.ServerChoice{}}},
+		{Answer: &policypb.DecideResponse_Reject{Reject: &policypb.Reject{Status: 65936}}},
+		{Answer: &policypb.DecideResponse_Redirect{Redirect: &policypb.Redirect{Status: 65838}}},
+	} {
+		if _, _, err := AnswerFromProto(r); err == nil {
+			t.Errorf("%v is taken", r)
+		}
+	}
+	bad := Plugin{Name: "p", Ask: key, New: func() Policy { return &scripted{closed: new(int)} }}
+	if err := bad.check(); err == nil {
+		t.Error("Plugin.Ask without Decide is taken")
 	}
 }

@@ -4,12 +4,14 @@ package policies
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/go-plugin"
@@ -26,8 +28,8 @@ import (
 // gone. What the plugin logs by log/slog appears in Weir's log under the
 // plugin's name.
 func Serve(p Plugin) {
-	if p.New == nil || p.Name == "" {
-		fmt.Fprintln(os.Stderr, "policies.Serve: Plugin.Name and Plugin.New are needed")
+	if err := p.check(); err != nil {
+		fmt.Fprintln(os.Stderr, "policies.Serve:", err)
 		os.Exit(2)
 	}
 	// go-plugin replaces os.Stderr; the handler keeps the real one.
@@ -48,6 +50,23 @@ func Serve(p Plugin) {
 		},
 	})
 	s.close()
+}
+
+// check says what a plugin's author forgot.
+func (p *Plugin) check() error {
+	if p.New == nil || p.Name == "" {
+		return errors.New("Plugin.Name and Plugin.New are needed")
+	}
+	if p.Ask == nil {
+		return nil
+	}
+	v := p.New()
+	defer closePolicy(v)
+	if _, ok := v.(Decider); !ok {
+		return errors.New("Plugin.Ask needs policies with a method Decide")
+	}
+	_, err := AskKeyFromProto(AskKeyToProto(p.Ask))
+	return err
 }
 
 // exitWith ends the process when the pipe from the host ends. Linux also sends
@@ -82,6 +101,7 @@ func logHandler(w io.Writer) slog.Handler {
 type Clients struct {
 	Base policypb.BaseClient
 	Push policypb.PushClient
+	Ask  policypb.AskClient
 }
 
 // ClientPlugins is what the host gives to go-plugin; dispensing PluginKey
@@ -99,17 +119,19 @@ type grpcPlugin struct {
 func (p *grpcPlugin) GRPCServer(_ *plugin.GRPCBroker, g *grpc.Server) error {
 	policypb.RegisterBaseServer(g, p.server)
 	policypb.RegisterPushServer(g, p.server)
+	policypb.RegisterAskServer(g, p.server)
 	return nil
 }
 
 func (p *grpcPlugin) GRPCClient(_ context.Context, _ *plugin.GRPCBroker, c *grpc.ClientConn) (any, error) {
-	return &Clients{Base: policypb.NewBaseClient(c), Push: policypb.NewPushClient(c)}, nil
+	return &Clients{Base: policypb.NewBaseClient(c), Push: policypb.NewPushClient(c), Ask: policypb.NewAskClient(c)}, nil
 }
 
 // server turns calls into method calls on the policies of the farms.
 type server struct {
 	policypb.UnimplementedBaseServer
 	policypb.UnimplementedPushServer
+	policypb.UnimplementedAskServer
 	plugin Plugin
 
 	mu    sync.Mutex // guards farms
@@ -118,7 +140,8 @@ type server struct {
 
 // instance is the policy of one farm.
 type instance struct {
-	mu     sync.Mutex // held through every call of the policy
+	mu     sync.Mutex   // held through every call of the policy but Decide
+	use    sync.RWMutex // held for reading through Decide, else through Configure and Close
 	policy Policy
 	farm   Farm
 	last   *Snapshot // as the policy returned it
@@ -133,11 +156,17 @@ func (s *server) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for name, in := range s.farms {
-		in.mu.Lock()
-		closePolicy(in.policy)
-		in.mu.Unlock()
+		in.close()
 		delete(s.farms, name)
 	}
+}
+
+func (in *instance) close() {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.use.Lock()
+	defer in.use.Unlock()
+	closePolicy(in.policy)
 }
 
 func closePolicy(p Policy) {
@@ -150,6 +179,10 @@ func (s *server) Describe(context.Context, *policypb.DescribeRequest) (*policypb
 	r := &policypb.DescribeResponse{
 		Name: s.plugin.Name, Version: s.plugin.Version, Kinds: s.plugin.Sends,
 		Capabilities: []*policypb.Capability{{Name: CapabilityPush, Version: 1}},
+		TickMs:       uint32(s.plugin.Tick / time.Millisecond), Ask: AskKeyToProto(s.plugin.Ask),
+	}
+	if s.plugin.Ask != nil {
+		r.Capabilities = append(r.Capabilities, &policypb.Capability{Name: CapabilityAsk, Version: 1})
 	}
 	p := s.plugin.New()
 	defer closePolicy(p)
@@ -178,6 +211,8 @@ func (s *server) Configure(_ context.Context, r *policypb.ConfigureRequest) (*po
 	s.mu.Unlock()
 	in.mu.Lock()
 	defer in.mu.Unlock()
+	in.use.Lock()
+	defer in.use.Unlock()
 	if err := in.policy.Configure(cloneFarm(farm), r.GetConfig()); err != nil {
 		if !ok {
 			closePolicy(in.policy)
@@ -199,9 +234,7 @@ func (s *server) Forget(_ context.Context, r *policypb.ForgetRequest) (*policypb
 	delete(s.farms, r.GetFarm())
 	s.mu.Unlock()
 	if in != nil {
-		in.mu.Lock()
-		defer in.mu.Unlock()
-		closePolicy(in.policy)
+		in.close()
 	}
 	return &policypb.ForgetResponse{}, nil
 }
@@ -231,6 +264,11 @@ func (s *server) Tick(_ context.Context, r *policypb.TickRequest) (*policypb.Tic
 			in.wire = wire
 		}
 		in.last = snap
+	}
+	if in.wire == nil && snap == nil && len(s.plugin.Sends) == 0 {
+		// A plugin that is only asked has nothing to send; this says that it is
+		// there.
+		in.wire = &policypb.Snapshot{Generation: 1}
 	}
 	if in.wire == nil || in.wire.GetGeneration() == r.GetHaveGeneration() {
 		return &policypb.TickResponse{}, nil

@@ -62,6 +62,11 @@ func faulty(mode string) {
 		os.Exit(4)
 	case "prints", "wrong-server", "tick-error", "panics":
 		policies.Serve(policies.Plugin{Name: mode, Version: "0", New: func() policies.Policy { return bad(mode) }})
+	case "asked":
+		policies.Serve(policies.Plugin{
+			Name: mode, Version: "0", New: func() policies.Policy { return asked{} },
+			Ask: &policies.AskKey{Path: true}, Tick: 100 * time.Millisecond,
+		})
 	case "host-both", "host-pipe", "host-signal", "host-none":
 		orphanMaker(strings.TrimPrefix(mode, "host-"))
 	}
@@ -144,7 +149,7 @@ func TestHostFaultyStart(t *testing.T) {
 				t.Errorf("Apply: %v", err)
 			}
 			eventually(t, "two restarts", func() bool { return h.Status()[0].Restarts >= 2 })
-			if !h.RoutePolicy("p") {
+			if !h.About("p").Routes {
 				t.Error("what has never been up may be a route policy")
 			}
 			if rec.count() != 0 {

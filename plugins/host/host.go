@@ -42,6 +42,16 @@ const (
 	DefaultBackoffMax   = 5 * time.Second
 	DefaultUser         = "nobody"
 
+	// A plugin that was started so often within the window is given a rest
+	// between further tries.
+	DefaultRestarts      = 10
+	DefaultRestartWindow = time.Minute
+	DefaultRestartRest   = 30 * time.Second
+
+	// What a plugin may ask for as the time between ticks.
+	leastTick = 100 * time.Millisecond
+	mostTick  = time.Second
+
 	// backoffReset is how long a process has to live for the next restart to
 	// be quick again.
 	backoffReset = 30 * time.Second
@@ -79,6 +89,7 @@ type Options struct {
 	TickTimeout time.Duration // after which a tick counts as missed
 	BackoffMin  time.Duration // before the first restart
 	BackoffMax  time.Duration // before every later one, at most
+	Restarts    int           // as in PluginSpec, for those that say nothing
 
 	// OnThread is called once on the thread from which all plugins are
 	// started, before the first of them; what it sets for its thread, such as
@@ -94,7 +105,14 @@ type PluginSpec struct {
 	User         string         // name or uid[:gid]; default: nobody if we are root, else ourselves
 	Checksum     string         // SHA-256 of the executable in hexadecimal, with or without "sha256:"; "": unchecked
 	StartTimeout time.Duration
-	Expiry       time.Duration // of eligibility and scores after the last tick; negative: never
+	Expiry       time.Duration // of eligibility, budgets and scores after the last tick; negative: never
+
+	AskDeadline    time.Duration // for an answer to a question
+	AskConcurrency int           // questions at once
+
+	BackoffMin time.Duration // before the first restart; default: that of Options
+	BackoffMax time.Duration // before every later one, at most
+	Restarts   int           // within RestartWindow; after more, RestartRest lies between two; negative: no limit
 }
 
 // FarmSpec is a farm as far as plugins are concerned.
@@ -197,6 +215,9 @@ func New(o Options) *Host {
 	def(&o.TickTimeout, DefaultTickTimeout)
 	def(&o.BackoffMin, DefaultBackoffMin)
 	def(&o.BackoffMax, DefaultBackoffMax)
+	if o.Restarts == 0 {
+		o.Restarts = DefaultRestarts
+	}
 	return &Host{opts: o, log: o.Log, plugins: map[string]*supervisor{}}
 }
 
@@ -479,17 +500,31 @@ func (h *Host) Snapshot(farm, plugin string) *snapshot.Snapshot {
 	return nil
 }
 
-// RoutePolicy reports whether a plugin sends routes, for snapshot.Policy. Of a
-// plugin that has never been up it is not known; then it is true, because a
-// request that is refused does less harm than one that reaches a wrong server.
-func (h *Host) RoutePolicy(plugin string) bool {
+// About is what is known about a plugin from its description, for
+// snapshot.Policy.
+type About struct {
+	// Known: it has been up. Before, only Routes means anything.
+	Known bool
+	// Routes: it sends routes. Of a plugin that has never been up it is not
+	// known; then it is true, because a request that is refused does less harm
+	// than one that reaches a wrong server.
+	Routes bool
+	// Ask is what it wants to know of requests; nil: it is not asked.
+	Ask *policies.AskKey
+}
+
+// About returns what is known about a plugin.
+func (h *Host) About(plugin string) About {
 	s := h.current(plugin)
 	if s == nil {
-		return true
+		return About{Routes: true}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.described == nil || slices.Contains(s.described.GetKinds(), policies.SendsRoutes)
+	if s.described == nil {
+		return About{Routes: true}
+	}
+	return About{Known: true, Routes: slices.Contains(s.described.GetKinds(), policies.SendsRoutes), Ask: s.askKey}
 }
 
 // State is what a plugin's process does.
@@ -511,6 +546,8 @@ type Status struct {
 	PID       int          `json:"pid,omitempty"`
 	Version   string       `json:"version,omitempty"` // of the plugin, "" until it was up once
 	Restarts  uint64       `json:"restarts"`
+	Resting   bool         `json:"resting,omitempty"` // it was started too often lately
+	Decisions Decisions    `json:"decisions"`
 	LastError string       `json:"last_error,omitempty"`
 	Farms     []FarmStatus `json:"farms"`
 }

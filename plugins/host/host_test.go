@@ -123,6 +123,7 @@ func start(t *testing.T, change func(*Options)) (*Host, *received, *logBuffer) {
 		OnSnapshot: rec.on,
 		Tick:       50 * time.Millisecond,
 		BackoffMin: 10 * time.Millisecond,
+		Restarts:   -1,
 	}
 	if change != nil {
 		change(&o)
@@ -193,7 +194,7 @@ func TestHostPathSnapshot(t *testing.T) {
 	if s.Generation != 1 || s.Plugin != "path" || s.Expires != 0 || len(s.Routes.Routes) != 2 || s.Routes.Routes[0].Servers[0] != "s1" {
 		t.Errorf("%+v %+v", s, s.Routes)
 	}
-	if !h.RoutePolicy("path") || !h.RoutePolicy("unknown") {
+	if !h.About("path").Routes || !h.About("unknown").Routes {
 		t.Error("path is a route policy, and so is what is unknown")
 	}
 	st := h.Status()
@@ -452,7 +453,7 @@ func TestHostScoresExpireAndRenew(t *testing.T) {
 	if a.Generation != 1 || b.Generation != 1 || b.Expires <= a.Expires || a.Scores.Servers[0] != (snapshot.Score{Server: "s2", Score: 10}) {
 		t.Errorf("%+v then %+v", a, b)
 	}
-	if h.RoutePolicy("prefer") {
+	if h.About("prefer").Routes {
 		t.Error("prefer is no route policy")
 	}
 }
@@ -463,7 +464,7 @@ func TestHostKnowsInCallback(t *testing.T) {
 	var h *Host
 	answers := make(chan bool, 100)
 	h, _, _ = start(t, func(o *Options) {
-		o.OnSnapshot = func(_, plugin string, _ *snapshot.Snapshot) { answers <- h.RoutePolicy(plugin) }
+		o.OnSnapshot = func(_, plugin string, _ *snapshot.Snapshot) { answers <- h.About(plugin).Routes }
 	})
 	var farms []FarmSpec
 	for i := range 5 {

@@ -113,11 +113,15 @@ func (w *lineLogger) Write(b []byte) (int, error) {
 
 // tail passes a process's standard error on and keeps the end of it.
 type tail struct {
-	r *os.File
+	r     *os.File
+	ended chan struct{} // closed when the end was read
+	once  sync.Once
 
 	mu   sync.Mutex // guards kept
 	kept []byte
 }
+
+func newTail(r *os.File) *tail { return &tail{r: r, ended: make(chan struct{})} }
 
 func (t *tail) Read(b []byte) (int, error) {
 	n, err := t.r.Read(b)
@@ -130,6 +134,9 @@ func (t *tail) Read(b []byte) (int, error) {
 	t.mu.Unlock()
 	if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, os.ErrClosed) {
 		err = io.EOF
+	}
+	if err != nil {
+		t.once.Do(func() { close(t.ended) })
 	}
 	return n, err
 }

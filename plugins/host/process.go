@@ -360,7 +360,7 @@ func (c *child) Start(context.Context) error {
 	}
 	c.exited = make(chan struct{})
 	r, w := io.Pipe()
-	c.out, c.errs = r, &tail{r: errR}
+	c.out, c.errs = r, newTail(errR)
 	go firstLine(w, outR)
 	go c.reap(outR, errR)
 	return nil
@@ -438,6 +438,11 @@ func (c *child) lastWords() string {
 	case <-c.exited:
 	case <-time.After(stopGrace):
 		return ""
+	}
+	// go-plugin reads it, by and by.
+	select {
+	case <-c.errs.ended:
+	case <-time.After(stopGrace):
 	}
 	return c.errs.last()
 }

@@ -28,6 +28,12 @@ type resolved struct {
 	checksum []byte // SHA-256 of the executable; nil: unchecked
 	start    time.Duration
 	expiry   time.Duration // 0: never
+
+	askDeadline    time.Duration
+	askConcurrency int
+	backoffMin     time.Duration
+	backoffMax     time.Duration
+	restarts       int // 0: no limit
 }
 
 // sameProcess reports whether a process of one spec can go on under the other.
@@ -76,6 +82,22 @@ func (h *Host) resolveSpec(p PluginSpec) (*resolved, error) {
 		r.expiry = DefaultExpiry
 	}
 	r.expiry = max(r.expiry, 0)
+	or := func(v, otherwise time.Duration) time.Duration {
+		if v <= 0 {
+			return otherwise
+		}
+		return v
+	}
+	r.askDeadline = or(p.AskDeadline, DefaultAskDeadline)
+	r.backoffMin = or(p.BackoffMin, h.opts.BackoffMin)
+	r.backoffMax = max(or(p.BackoffMax, h.opts.BackoffMax), r.backoffMin)
+	if r.askConcurrency = p.AskConcurrency; r.askConcurrency <= 0 {
+		r.askConcurrency = DefaultAskConcurrency
+	}
+	if r.restarts = p.Restarts; r.restarts == 0 {
+		r.restarts = h.opts.Restarts
+	}
+	r.restarts = max(r.restarts, 0)
 	return r, nil
 }
 

@@ -33,7 +33,7 @@ import (
 // process as argument, or nil where there is none at the moment.
 type supervisor struct {
 	h      *Host
-	spec   resolved // name, path, args, cred and checksum never change
+	spec   resolved // name, path, args, cred and checksum never change; the rest is guarded by mu for others
 	dir    string   // for the sockets
 	thread *thread  // that starts the processes
 	log    *slog.Logger
@@ -49,8 +49,13 @@ type supervisor struct {
 	since     time.Time
 	pid       int
 	described *policypb.DescribeResponse
+	askKey    *policies.AskKey // nil: it is not to be asked
+	proc      *process         // that questions go to; nil: none
 	restarts  uint64
+	resting   bool
 	lastErr   error
+
+	asks asker
 }
 
 type call struct {
@@ -96,13 +101,19 @@ func (s *supervisor) run() {
 	defer close(s.done)
 	started := sync.OnceFunc(func() { close(s.first) })
 	defer started()
-	backoff := s.h.opts.BackoffMin
+	backoff := s.spec.backoffMin
+	var starts []time.Time
 	for {
 		s.set(StateStarting, 0, nil)
+		starts = append(starts, time.Now())
 		p, err := s.launch()
+		var key *policies.AskKey
+		if err == nil {
+			key, err = askKey(p.about)
+		}
 		if err == nil {
 			s.mu.Lock()
-			s.described = p.about
+			s.described, s.askKey = p.about, key
 			s.mu.Unlock()
 			err = s.configure(p, s.farms)
 		}
@@ -113,8 +124,10 @@ func (s *supervisor) run() {
 			p.child.mu.Unlock()
 			s.set(StateUp, pid, nil)
 			s.log.Info("plugin is up", "version", p.about.GetVersion(), "pid", pid)
+			s.setProcess(p)
 			started()
 			err = s.serve(p)
+			s.setProcess(nil)
 		}
 		if p != nil {
 			p.stop()
@@ -123,15 +136,26 @@ func (s *supervisor) run() {
 			return
 		}
 		if time.Since(up) >= backoffReset {
-			backoff = s.h.opts.BackoffMin
+			backoff = s.spec.backoffMin
+		}
+		pause := backoff
+		for len(starts) > 0 && time.Since(starts[0]) > DefaultRestartWindow {
+			starts = starts[1:]
+		}
+		resting := s.spec.restarts > 0 && len(starts) >= s.spec.restarts
+		if resting {
+			pause = max(pause, DefaultRestartRest)
 		}
 		s.set(StateDown, 0, err)
-		s.log.Error("plugin is down, its last snapshots stay in force", "error", err, "restart_in", backoff)
+		s.mu.Lock()
+		s.resting = resting
+		s.mu.Unlock()
+		s.log.Error("plugin is down, its last snapshots stay in force", "error", err, "restart_in", pause)
 		started()
-		if !s.rest(backoff) {
+		if !s.rest(pause) {
 			return
 		}
-		backoff = min(2*backoff, s.h.opts.BackoffMax)
+		backoff = min(2*backoff, s.spec.backoffMax)
 		s.mu.Lock()
 		s.restarts++
 		s.mu.Unlock()
@@ -184,9 +208,43 @@ func (s *supervisor) serve(p *process) error {
 			} else if misses++; misses >= maxMisses {
 				return fmt.Errorf("%d ticks in a row took longer than %s", misses, s.h.opts.TickTimeout)
 			}
-			t.Reset(max(s.h.opts.Tick-time.Since(start), 0))
+			t.Reset(max(s.every(p)-time.Since(start), 0))
 		}
 	}
+}
+
+// every is the time between two ticks: what the plugin asks for, within the
+// bounds, but not more than ours.
+func (s *supervisor) every(p *process) time.Duration {
+	d := s.h.opts.Tick
+	if ms := p.about.GetTickMs(); ms > 0 {
+		d = min(d, max(time.Duration(ms)*time.Millisecond, leastTick), mostTick)
+	}
+	return d
+}
+
+// setProcess says whom questions go to.
+func (s *supervisor) setProcess(p *process) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.proc = p; p != nil {
+		s.resting = false
+	}
+}
+
+// askKey returns what a plugin wants to know of requests, nil if it does not
+// want to be asked.
+func askKey(about *policypb.DescribeResponse) (*policies.AskKey, error) {
+	for _, c := range about.GetCapabilities() {
+		if c.GetName() == policies.CapabilityAsk && c.GetVersion() >= 1 {
+			k, err := policies.AskKeyFromProto(about.GetAsk())
+			if err != nil {
+				return nil, fmt.Errorf("describe: the plugin %w", err)
+			}
+			return k, nil
+		}
+	}
+	return nil, nil
 }
 
 func exitError(p *process) error {
@@ -383,7 +441,11 @@ func (s *supervisor) check(ctx context.Context, farms []farmConfig) error {
 // check, is an error, but nothing is taken back.
 func (s *supervisor) commit(ctx context.Context, spec resolved, want []farmConfig) error {
 	return s.do(ctx, func(p *process) error {
-		s.spec.start, s.spec.expiry = spec.start, spec.expiry
+		s.mu.Lock()
+		path, args, cred, checksum := s.spec.path, s.spec.args, s.spec.cred, s.spec.checksum
+		s.spec = spec
+		s.spec.path, s.spec.args, s.spec.cred, s.spec.checksum = path, args, cred, checksum
+		s.mu.Unlock()
 		var farms, changed []*farm
 		for _, w := range want {
 			i := slices.IndexFunc(s.farms, func(f *farm) bool { return f.farm.Name == w.farm.Name })
@@ -474,7 +536,8 @@ func (s *supervisor) status() Status {
 	defer s.mu.Unlock()
 	st := Status{
 		Plugin: s.spec.name, Command: append([]string{s.spec.path}, s.spec.args[1:]...), State: s.state, Since: s.since,
-		PID: s.pid, Version: s.described.GetVersion(), Restarts: s.restarts,
+		PID: s.pid, Version: s.described.GetVersion(), Restarts: s.restarts, Resting: s.resting,
+		Decisions: s.asks.count(),
 	}
 	if s.lastErr != nil {
 		st.LastError = s.lastErr.Error()

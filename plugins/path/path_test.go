@@ -53,7 +53,7 @@ func TestPathRoutes(t *testing.T) {
 
 func TestPathErrors(t *testing.T) {
 	for _, c := range []struct{ config, want string }{
-		{`{}`, "config: has neither routes nor default"},
+		{`{}`, "config: has none of routes, default and affinity"},
 		{`{"route": []}`, "config.route: unknown key"},
 		{`{"routes": [{"prefix": "/a/", "servers": ["s9"]}]}`, `config.routes[0].servers[0]: server "s9" is not in farm "web", which has s1, s2`},
 		{`{"routes": [{"prefix": "/a/", "servers": ["s1", "s1"]}]}`, `config.routes[0].servers[1]: server "s1" is there twice`},
@@ -69,6 +69,18 @@ func TestPathErrors(t *testing.T) {
 		{`{"routes": [{"redirect": {"status": 200, "location": "/"}}]}`, "config.routes[0].redirect: redirects with status 200"},
 		{`{"routes": [{"redirect": {}}]}`, "config.routes[0].redirect: redirects without a location"},
 		{`{"routes": [{"host": "a", "servers": ["s1"]}, {"host": "A.", "servers": ["s2"]}]}`, "config.routes[1]: matches the same requests as config.routes[0]"},
+		{`{"routes": [{"headers": {"a b": "x"}, "servers": ["s1"]}]}`, `config.routes[0].headers: header field "a b"`},
+		{`{"routes": [{"cookies": {"": "x"}, "servers": ["s1"]}]}`, `config.routes[0].cookies: cookie ""`},
+		{`{"routes": [{"headers": {"A": "x"}, "servers": ["s1"]}, {"headers": {"a": "x"}, "servers": ["s1"]}]}`, "config.routes[1]: matches the same requests as config.routes[0]"},
+		{`{"affinity": {}}`, "config.affinity: has 0 of header, cookie and client"},
+		{`{"affinity": {"header": "a", "cookie": "b"}}`, "config.affinity: has 2 of"},
+		{`{"affinity": {"header": "a b"}}`, `header field "a b"`},
+		{`{"affinity": {"client": {"ipv4": 33}}}`, "config.affinity.client.ipv4: is 33"},
+		{`{"affinity": {"client": {}, "table": {"here": "s1"}}}`, `"here" is not an address`},
+		{`{"affinity": {"cookie": "b", "table": {"x": "s9"}}}`, `config.affinity.table.x: server "s9"`},
+		{`{"affinity": {"cookie": "b", "servers": ["s9"]}}`, `config.affinity.servers[0]: server "s9"`},
+		{`{"affinity": {"cookie": "b", "hash": false}}`, "config.affinity: has neither a table nor hash"},
+		{`{"affinity": {"cookie": "b", "table": {"x": "s1"}, "servers": ["s1"]}}`, "config.affinity.servers: is for hash"},
 		{`{"default": ["s3"]}`, `config.default[0]: server "s3"`},
 	} {
 		p := new(path)
@@ -83,7 +95,7 @@ func TestPathErrors(t *testing.T) {
 
 // TestPathComplete: what Configure accepts, the selector accepts.
 func TestPathComplete(t *testing.T) {
-	for _, c := range []string{`{"default": ["s1"]}`, `{"routes": [{"host": "*", "servers": ["s1"]}]}`, `{"routes": [{"redirect": {"status": 303, "location": "/x"}}]}`} {
+	for _, c := range []string{`{"affinity": {"client": {"ipv4": 24}}}`, `{"routes": [{"headers": {"a": "x"}, "cookies": {"b": ""}, "reject": 403}], "affinity": {"header": "x", "table": {"a": "s1"}, "hash": true}}`, `{"default": ["s1"]}`, `{"routes": [{"host": "*", "servers": ["s1"]}]}`, `{"routes": [{"redirect": {"status": 303, "location": "/x"}}]}`} {
 		p := new(path)
 		if err := p.Configure(farm, []byte(c)); err != nil {
 			t.Errorf("%s: %v", c, err)

@@ -67,6 +67,10 @@ const (
 	SnapshotKind_SNAPSHOT_KIND_ELIGIBILITY SnapshotKind = 2
 	// Snapshot.scores.
 	SnapshotKind_SNAPSHOT_KIND_SCORES SnapshotKind = 3
+	// Snapshot.budgets.
+	SnapshotKind_SNAPSHOT_KIND_BUDGETS SnapshotKind = 4
+	// Snapshot.affinity.
+	SnapshotKind_SNAPSHOT_KIND_AFFINITY SnapshotKind = 5
 )
 
 // Enum value maps for SnapshotKind.
@@ -76,12 +80,16 @@ var (
 		1: "SNAPSHOT_KIND_ROUTES",
 		2: "SNAPSHOT_KIND_ELIGIBILITY",
 		3: "SNAPSHOT_KIND_SCORES",
+		4: "SNAPSHOT_KIND_BUDGETS",
+		5: "SNAPSHOT_KIND_AFFINITY",
 	}
 	SnapshotKind_value = map[string]int32{
 		"SNAPSHOT_KIND_UNSPECIFIED": 0,
 		"SNAPSHOT_KIND_ROUTES":      1,
 		"SNAPSHOT_KIND_ELIGIBILITY": 2,
 		"SNAPSHOT_KIND_SCORES":      3,
+		"SNAPSHOT_KIND_BUDGETS":     4,
+		"SNAPSHOT_KIND_AFFINITY":    5,
 	}
 )
 
@@ -172,6 +180,129 @@ func (ServerState) EnumDescriptor() ([]byte, []int) {
 	return file_policy_proto_rawDescGZIP(), []int{1}
 }
 
+// FailureKind says how a server failed.
+type FailureKind int32
+
+const (
+	FailureKind_FAILURE_KIND_UNSPECIFIED FailureKind = 0
+	// A reset answered the opening of a connection.
+	FailureKind_FAILURE_KIND_REFUSED FailureKind = 1
+	// Nothing answered the opening of a connection within timeouts.connect.
+	FailureKind_FAILURE_KIND_UNREACHABLE FailureKind = 2
+	// A reset inside an exchange.
+	FailureKind_FAILURE_KIND_RESET FailureKind = 3
+	// The end of the connection before that of the response.
+	FailureKind_FAILURE_KIND_CLOSED FailureKind = 4
+	// Nothing acknowledged within timeouts.connect, or no byte within
+	// timeouts.response.
+	FailureKind_FAILURE_KIND_SILENT FailureKind = 5
+	// A response whose end cannot be told.
+	FailureKind_FAILURE_KIND_RESPONSE FailureKind = 6
+)
+
+// Enum value maps for FailureKind.
+var (
+	FailureKind_name = map[int32]string{
+		0: "FAILURE_KIND_UNSPECIFIED",
+		1: "FAILURE_KIND_REFUSED",
+		2: "FAILURE_KIND_UNREACHABLE",
+		3: "FAILURE_KIND_RESET",
+		4: "FAILURE_KIND_CLOSED",
+		5: "FAILURE_KIND_SILENT",
+		6: "FAILURE_KIND_RESPONSE",
+	}
+	FailureKind_value = map[string]int32{
+		"FAILURE_KIND_UNSPECIFIED": 0,
+		"FAILURE_KIND_REFUSED":     1,
+		"FAILURE_KIND_UNREACHABLE": 2,
+		"FAILURE_KIND_RESET":       3,
+		"FAILURE_KIND_CLOSED":      4,
+		"FAILURE_KIND_SILENT":      5,
+		"FAILURE_KIND_RESPONSE":    6,
+	}
+)
+
+func (x FailureKind) Enum() *FailureKind {
+	p := new(FailureKind)
+	*p = x
+	return p
+}
+
+func (x FailureKind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (FailureKind) Descriptor() protoreflect.EnumDescriptor {
+	return file_policy_proto_enumTypes[2].Descriptor()
+}
+
+func (FailureKind) Type() protoreflect.EnumType {
+	return &file_policy_proto_enumTypes[2]
+}
+
+func (x FailureKind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use FailureKind.Descriptor instead.
+func (FailureKind) EnumDescriptor() ([]byte, []int) {
+	return file_policy_proto_rawDescGZIP(), []int{2}
+}
+
+// AtCap says what a bucket in debt does to new requests. on_empty of the farm's
+// entry goes before it where no server is left.
+type AtCap int32
+
+const (
+	// The server is left out. Where that leaves none, the budget is ignored.
+	AtCap_AT_CAP_SKIP AtCap = 0
+	// The server is left out. Where that leaves none, the request waits.
+	AtCap_AT_CAP_WAIT AtCap = 1
+	// Nothing.
+	AtCap_AT_CAP_IGNORE AtCap = 2
+)
+
+// Enum value maps for AtCap.
+var (
+	AtCap_name = map[int32]string{
+		0: "AT_CAP_SKIP",
+		1: "AT_CAP_WAIT",
+		2: "AT_CAP_IGNORE",
+	}
+	AtCap_value = map[string]int32{
+		"AT_CAP_SKIP":   0,
+		"AT_CAP_WAIT":   1,
+		"AT_CAP_IGNORE": 2,
+	}
+)
+
+func (x AtCap) Enum() *AtCap {
+	p := new(AtCap)
+	*p = x
+	return p
+}
+
+func (x AtCap) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (AtCap) Descriptor() protoreflect.EnumDescriptor {
+	return file_policy_proto_enumTypes[3].Descriptor()
+}
+
+func (AtCap) Type() protoreflect.EnumType {
+	return &file_policy_proto_enumTypes[3]
+}
+
+func (x AtCap) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use AtCap.Descriptor instead.
+func (AtCap) EnumDescriptor() ([]byte, []int) {
+	return file_policy_proto_rawDescGZIP(), []int{3}
+}
+
 type DescribeRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The version of Weir, for people and logs.
@@ -229,7 +360,12 @@ type DescribeResponse struct {
 	// answers 503 until they are there: without them any server might be wrong.
 	Kinds []SnapshotKind `protobuf:"varint,4,rep,packed,name=kinds,proto3,enum=weir.policy.v1.SnapshotKind" json:"kinds,omitempty"`
 	// A JSON Schema of the configuration; empty if there is none.
-	ConfigSchema  []byte `protobuf:"bytes,5,opt,name=config_schema,json=configSchema,proto3" json:"config_schema,omitempty"`
+	ConfigSchema []byte `protobuf:"bytes,5,opt,name=config_schema,json=configSchema,proto3" json:"config_schema,omitempty"`
+	// How often the plugin wants a Tick, in milliseconds; 0 leaves it to Weir.
+	// What is below 100 or above 1000 is moved to the bound.
+	TickMs uint32 `protobuf:"varint,6,opt,name=tick_ms,json=tickMs,proto3" json:"tick_ms,omitempty"`
+	// With the capability "ask": what the plugin wants to know of a request.
+	Ask           *AskKey `protobuf:"bytes,7,opt,name=ask,proto3" json:"ask,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -299,10 +435,24 @@ func (x *DescribeResponse) GetConfigSchema() []byte {
 	return nil
 }
 
+func (x *DescribeResponse) GetTickMs() uint32 {
+	if x != nil {
+		return x.TickMs
+	}
+	return 0
+}
+
+func (x *DescribeResponse) GetAsk() *AskKey {
+	if x != nil {
+		return x.Ask
+	}
+	return nil
+}
+
 // Capability is one thing that a plugin can do.
 type Capability struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The name: "push".
+	// The name: "push", "ask".
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// The highest version of it that the plugin speaks, counted from 1.
 	Version       uint32 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
@@ -848,7 +998,25 @@ type Telemetry struct {
 	// Counter: requests of the farm that a choice was made for.
 	Requests uint64 `protobuf:"varint,3,opt,name=requests,proto3" json:"requests,omitempty"`
 	// Gauge: requests that wait for a server connection.
-	Waiting       uint32 `protobuf:"varint,4,opt,name=waiting,proto3" json:"waiting,omitempty"`
+	Waiting uint32 `protobuf:"varint,4,opt,name=waiting,proto3" json:"waiting,omitempty"`
+	// Counter: client connections that were accepted.
+	ClientConnections uint64 `protobuf:"varint,5,opt,name=client_connections,json=clientConnections,proto3" json:"client_connections,omitempty"`
+	// Counter: responses that were delivered to the end.
+	Responses uint64 `protobuf:"varint,6,opt,name=responses,proto3" json:"responses,omitempty"`
+	// Counter: requests that Weir answered itself.
+	OwnAnswers uint64 `protobuf:"varint,7,opt,name=own_answers,json=ownAnswers,proto3" json:"own_answers,omitempty"`
+	// Counter: requests that went to another server after a failure.
+	Redispatched uint64 `protobuf:"varint,8,opt,name=redispatched,proto3" json:"redispatched,omitempty"`
+	// Counter: payload bytes from clients to servers.
+	BytesIn uint64 `protobuf:"varint,9,opt,name=bytes_in,json=bytesIn,proto3" json:"bytes_in,omitempty"`
+	// Counter: payload bytes from servers to clients.
+	BytesOut uint64 `protobuf:"varint,10,opt,name=bytes_out,json=bytesOut,proto3" json:"bytes_out,omitempty"`
+	// Round trips of the clients, as their handshakes show.
+	ClientRoundTrip *Histogram `protobuf:"bytes,11,opt,name=client_round_trip,json=clientRoundTrip,proto3" json:"client_round_trip,omitempty"`
+	// Counter: segments that clients sent again.
+	ClientRetransmissions uint64 `protobuf:"varint,12,opt,name=client_retransmissions,json=clientRetransmissions,proto3" json:"client_retransmissions,omitempty"`
+	// Counter: requests that found no connection and had to wait.
+	Waited        uint64 `protobuf:"varint,13,opt,name=waited,proto3" json:"waited,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -911,6 +1079,181 @@ func (x *Telemetry) GetWaiting() uint32 {
 	return 0
 }
 
+func (x *Telemetry) GetClientConnections() uint64 {
+	if x != nil {
+		return x.ClientConnections
+	}
+	return 0
+}
+
+func (x *Telemetry) GetResponses() uint64 {
+	if x != nil {
+		return x.Responses
+	}
+	return 0
+}
+
+func (x *Telemetry) GetOwnAnswers() uint64 {
+	if x != nil {
+		return x.OwnAnswers
+	}
+	return 0
+}
+
+func (x *Telemetry) GetRedispatched() uint64 {
+	if x != nil {
+		return x.Redispatched
+	}
+	return 0
+}
+
+func (x *Telemetry) GetBytesIn() uint64 {
+	if x != nil {
+		return x.BytesIn
+	}
+	return 0
+}
+
+func (x *Telemetry) GetBytesOut() uint64 {
+	if x != nil {
+		return x.BytesOut
+	}
+	return 0
+}
+
+func (x *Telemetry) GetClientRoundTrip() *Histogram {
+	if x != nil {
+		return x.ClientRoundTrip
+	}
+	return nil
+}
+
+func (x *Telemetry) GetClientRetransmissions() uint64 {
+	if x != nil {
+		return x.ClientRetransmissions
+	}
+	return 0
+}
+
+func (x *Telemetry) GetWaited() uint64 {
+	if x != nil {
+		return x.Waited
+	}
+	return 0
+}
+
+// Histogram counts durations. Count 0 is of those below 2^15 nanoseconds (33
+// microseconds), and each further one of those below twice the bound before;
+// the last count has no bound. The counts only grow.
+type Histogram struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The sum of all durations, nanoseconds.
+	SumNanos uint64 `protobuf:"varint,1,opt,name=sum_nanos,json=sumNanos,proto3" json:"sum_nanos,omitempty"`
+	// The counts; those that are not there are zero.
+	Counts        []uint64 `protobuf:"varint,2,rep,packed,name=counts,proto3" json:"counts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Histogram) Reset() {
+	*x = Histogram{}
+	mi := &file_policy_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Histogram) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Histogram) ProtoMessage() {}
+
+func (x *Histogram) ProtoReflect() protoreflect.Message {
+	mi := &file_policy_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Histogram.ProtoReflect.Descriptor instead.
+func (*Histogram) Descriptor() ([]byte, []int) {
+	return file_policy_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *Histogram) GetSumNanos() uint64 {
+	if x != nil {
+		return x.SumNanos
+	}
+	return 0
+}
+
+func (x *Histogram) GetCounts() []uint64 {
+	if x != nil {
+		return x.Counts
+	}
+	return nil
+}
+
+// FailureCount is how often a server failed in one way.
+type FailureCount struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The way.
+	Kind FailureKind `protobuf:"varint,1,opt,name=kind,proto3,enum=weir.policy.v1.FailureKind" json:"kind,omitempty"`
+	// Counter.
+	Count         uint64 `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FailureCount) Reset() {
+	*x = FailureCount{}
+	mi := &file_policy_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FailureCount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FailureCount) ProtoMessage() {}
+
+func (x *FailureCount) ProtoReflect() protoreflect.Message {
+	mi := &file_policy_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FailureCount.ProtoReflect.Descriptor instead.
+func (*FailureCount) Descriptor() ([]byte, []int) {
+	return file_policy_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *FailureCount) GetKind() FailureKind {
+	if x != nil {
+		return x.Kind
+	}
+	return FailureKind_FAILURE_KIND_UNSPECIFIED
+}
+
+func (x *FailureCount) GetCount() uint64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
 // ServerTelemetry is how one server is at one moment.
 type ServerTelemetry struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -931,14 +1274,39 @@ type ServerTelemetry struct {
 	// Counter: requests sent to the server.
 	Requests uint64 `protobuf:"varint,8,opt,name=requests,proto3" json:"requests,omitempty"`
 	// Counter: connections and requests that failed at the server, of any kind.
-	Failures      uint64 `protobuf:"varint,9,opt,name=failures,proto3" json:"failures,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Failures uint64 `protobuf:"varint,9,opt,name=failures,proto3" json:"failures,omitempty"`
+	// The same by kind; a kind that is not listed has none.
+	FailuresByKind []*FailureCount `protobuf:"bytes,10,rep,name=failures_by_kind,json=failuresByKind,proto3" json:"failures_by_kind,omitempty"`
+	// Counter: responses that were delivered to the end.
+	Responses uint64 `protobuf:"varint,11,opt,name=responses,proto3" json:"responses,omitempty"`
+	// Counter: response heads with a status of 500 to 599.
+	ServerErrors uint64 `protobuf:"varint,12,opt,name=server_errors,json=serverErrors,proto3" json:"server_errors,omitempty"`
+	// Counter: payload bytes to the server.
+	BytesIn uint64 `protobuf:"varint,13,opt,name=bytes_in,json=bytesIn,proto3" json:"bytes_in,omitempty"`
+	// Counter: payload bytes from the server.
+	BytesOut uint64 `protobuf:"varint,14,opt,name=bytes_out,json=bytesOut,proto3" json:"bytes_out,omitempty"`
+	// Gauge: open connections, those that are being opened too.
+	Open uint32 `protobuf:"varint,15,opt,name=open,proto3" json:"open,omitempty"`
+	// Gauge: connections that are being opened.
+	Connecting uint32 `protobuf:"varint,16,opt,name=connecting,proto3" json:"connecting,omitempty"`
+	// From the opening of a connection until the server has taken it: its round
+	// trip.
+	ConnectTime *Histogram `protobuf:"bytes,17,opt,name=connect_time,json=connectTime,proto3" json:"connect_time,omitempty"`
+	// From a request's first byte to the server until the head of its response.
+	FirstByte *Histogram `protobuf:"bytes,18,opt,name=first_byte,json=firstByte,proto3" json:"first_byte,omitempty"`
+	// Counter: segments that the server sent again.
+	Retransmissions uint64 `protobuf:"varint,19,opt,name=retransmissions,proto3" json:"retransmissions,omitempty"`
+	// No policy keeps requests away from it, and its state is ready.
+	Available bool `protobuf:"varint,20,opt,name=available,proto3" json:"available,omitempty"`
+	// Counter: segments of requests that were sent to it again.
+	RequestRetransmissions uint64 `protobuf:"varint,21,opt,name=request_retransmissions,json=requestRetransmissions,proto3" json:"request_retransmissions,omitempty"`
+	unknownFields          protoimpl.UnknownFields
+	sizeCache              protoimpl.SizeCache
 }
 
 func (x *ServerTelemetry) Reset() {
 	*x = ServerTelemetry{}
-	mi := &file_policy_proto_msgTypes[13]
+	mi := &file_policy_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -950,7 +1318,7 @@ func (x *ServerTelemetry) String() string {
 func (*ServerTelemetry) ProtoMessage() {}
 
 func (x *ServerTelemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_policy_proto_msgTypes[13]
+	mi := &file_policy_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -963,7 +1331,7 @@ func (x *ServerTelemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServerTelemetry.ProtoReflect.Descriptor instead.
 func (*ServerTelemetry) Descriptor() ([]byte, []int) {
-	return file_policy_proto_rawDescGZIP(), []int{13}
+	return file_policy_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ServerTelemetry) GetName() string {
@@ -1029,29 +1397,117 @@ func (x *ServerTelemetry) GetFailures() uint64 {
 	return 0
 }
 
+func (x *ServerTelemetry) GetFailuresByKind() []*FailureCount {
+	if x != nil {
+		return x.FailuresByKind
+	}
+	return nil
+}
+
+func (x *ServerTelemetry) GetResponses() uint64 {
+	if x != nil {
+		return x.Responses
+	}
+	return 0
+}
+
+func (x *ServerTelemetry) GetServerErrors() uint64 {
+	if x != nil {
+		return x.ServerErrors
+	}
+	return 0
+}
+
+func (x *ServerTelemetry) GetBytesIn() uint64 {
+	if x != nil {
+		return x.BytesIn
+	}
+	return 0
+}
+
+func (x *ServerTelemetry) GetBytesOut() uint64 {
+	if x != nil {
+		return x.BytesOut
+	}
+	return 0
+}
+
+func (x *ServerTelemetry) GetOpen() uint32 {
+	if x != nil {
+		return x.Open
+	}
+	return 0
+}
+
+func (x *ServerTelemetry) GetConnecting() uint32 {
+	if x != nil {
+		return x.Connecting
+	}
+	return 0
+}
+
+func (x *ServerTelemetry) GetConnectTime() *Histogram {
+	if x != nil {
+		return x.ConnectTime
+	}
+	return nil
+}
+
+func (x *ServerTelemetry) GetFirstByte() *Histogram {
+	if x != nil {
+		return x.FirstByte
+	}
+	return nil
+}
+
+func (x *ServerTelemetry) GetRetransmissions() uint64 {
+	if x != nil {
+		return x.Retransmissions
+	}
+	return 0
+}
+
+func (x *ServerTelemetry) GetAvailable() bool {
+	if x != nil {
+		return x.Available
+	}
+	return false
+}
+
+func (x *ServerTelemetry) GetRequestRetransmissions() uint64 {
+	if x != nil {
+		return x.RequestRetransmissions
+	}
+	return 0
+}
+
 // Snapshot is all that a plugin says about a farm. A new one replaces the last
 // one as a whole.
 type Snapshot struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Counts up, from 1, whenever this process says something new about the farm.
 	Generation uint64 `protobuf:"varint,1,opt,name=generation,proto3" json:"generation,omitempty"`
-	// How long eligibility and scores hold after the last answer to a Tick, in
-	// milliseconds; 0, or more than the configured expiry, is the configured
-	// expiry. Routes hold for ever.
+	// How long eligibility, budgets and scores hold after the last answer to a
+	// Tick, in milliseconds; 0, or more than the configured expiry, is the
+	// configured expiry. Routes and affinity hold for ever.
 	ValidMs uint64 `protobuf:"varint,2,opt,name=valid_ms,json=validMs,proto3" json:"valid_ms,omitempty"`
 	// Which servers a request may go to by host and path; absent: says nothing.
 	Routes *Routes `protobuf:"bytes,3,opt,name=routes,proto3" json:"routes,omitempty"`
 	// Which servers may be used at all; absent: says nothing.
 	Eligibility *Eligibility `protobuf:"bytes,4,opt,name=eligibility,proto3" json:"eligibility,omitempty"`
 	// How good the servers are; absent: says nothing.
-	Scores        *Scores `protobuf:"bytes,5,opt,name=scores,proto3" json:"scores,omitempty"`
+	Scores *Scores `protobuf:"bytes,5,opt,name=scores,proto3" json:"scores,omitempty"`
+	// Which requests belong to one server; absent: says nothing.
+	Affinity *Affinity `protobuf:"bytes,6,opt,name=affinity,proto3" json:"affinity,omitempty"`
+	// How many bytes may pass; absent: says nothing.
+	Budgets       *Budgets `protobuf:"bytes,7,opt,name=budgets,proto3" json:"budgets,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_policy_proto_msgTypes[14]
+	mi := &file_policy_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1063,7 +1519,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_policy_proto_msgTypes[14]
+	mi := &file_policy_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1076,7 +1532,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_policy_proto_rawDescGZIP(), []int{14}
+	return file_policy_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Snapshot) GetGeneration() uint64 {
@@ -1114,6 +1570,20 @@ func (x *Snapshot) GetScores() *Scores {
 	return nil
 }
 
+func (x *Snapshot) GetAffinity() *Affinity {
+	if x != nil {
+		return x.Affinity
+	}
+	return nil
+}
+
+func (x *Snapshot) GetBudgets() *Budgets {
+	if x != nil {
+		return x.Budgets
+	}
+	return nil
+}
+
 // Routes sends requests to sets of servers. The order of the routes does not
 // matter: the host that says most wins (exact, then the longest wildcard, then
 // any), under it the exact path, then the longest prefix. Where a host has no
@@ -1133,7 +1603,7 @@ type Routes struct {
 
 func (x *Routes) Reset() {
 	*x = Routes{}
-	mi := &file_policy_proto_msgTypes[15]
+	mi := &file_policy_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1145,7 +1615,7 @@ func (x *Routes) String() string {
 func (*Routes) ProtoMessage() {}
 
 func (x *Routes) ProtoReflect() protoreflect.Message {
-	mi := &file_policy_proto_msgTypes[15]
+	mi := &file_policy_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1158,7 +1628,7 @@ func (x *Routes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Routes.ProtoReflect.Descriptor instead.
 func (*Routes) Descriptor() ([]byte, []int) {
-	return file_policy_proto_rawDescGZIP(), []int{15}
+	return file_policy_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Routes) GetSets() []*ServerSet {
@@ -1193,7 +1663,7 @@ type ServerSet struct {
 
 func (x *ServerSet) Reset() {
 	*x = ServerSet{}
-	mi := &file_policy_proto_msgTypes[16]
+	mi := &file_policy_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1205,7 +1675,7 @@ func (x *ServerSet) String() string {
 func (*ServerSet) ProtoMessage() {}
 
 func (x *ServerSet) ProtoReflect() protoreflect.Message {
-	mi := &file_policy_proto_msgTypes[16]
+	mi := &file_policy_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1218,7 +1688,7 @@ func (x *ServerSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServerSet.ProtoReflect.Descriptor instead.
 func (*ServerSet) Descriptor() ([]byte, []int) {
-	return file_policy_proto_rawDescGZIP(), []int{16}
+	return file_policy_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ServerSet) GetServers() []string {
@@ -1246,14 +1716,18 @@ type Route struct {
 	//	*Route_Set
 	//	*Route_Reject
 	//	*Route_Redirect
-	Action        isRoute_Action `protobuf_oneof:"action"`
+	Action isRoute_Action `protobuf_oneof:"action"`
+	// Fields that the request must have. Routes for the same host and path may
+	// differ in these: of those that match, the one that asks for most holds, of
+	// equals the first; where none matches, the next shorter prefix is asked.
+	Fields        []*FieldMatch `protobuf:"bytes,7,rep,name=fields,proto3" json:"fields,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_policy_proto_msgTypes[17]
+	mi := &file_policy_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1265,7 +1739,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_policy_proto_msgTypes[17]
+	mi := &file_policy_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1278,7 +1752,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_policy_proto_rawDescGZIP(), []int{17}
+	return file_policy_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Route) GetHost() string {
@@ -1336,6 +1810,13 @@ func (x *Route) GetRedirect() *Redirect {
 	return nil
 }
 
+func (x *Route) GetFields() []*FieldMatch {
+	if x != nil {
+		return x.Fields
+	}
+	return nil
+}
+
 type isRoute_Action interface {
 	isRoute_Action()
 }
@@ -1361,6 +1842,118 @@ func (*Route_Reject) isRoute_Action() {}
 
 func (*Route_Redirect) isRoute_Action() {}
 
+// Field is a header field or a cookie. All policies of a farm together may look
+// at 16 header fields; all cookies are one.
+type Field struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The header field's name, in any case, or the cookie's; at most 40 bytes.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// It is a cookie.
+	Cookie        bool `protobuf:"varint,2,opt,name=cookie,proto3" json:"cookie,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Field) Reset() {
+	*x = Field{}
+	mi := &file_policy_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Field) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Field) ProtoMessage() {}
+
+func (x *Field) ProtoReflect() protoreflect.Message {
+	mi := &file_policy_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Field.ProtoReflect.Descriptor instead.
+func (*Field) Descriptor() ([]byte, []int) {
+	return file_policy_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *Field) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Field) GetCookie() bool {
+	if x != nil {
+		return x.Cookie
+	}
+	return false
+}
+
+// FieldMatch asks for a field's value. Of a header field that is there several
+// times, the first one counts.
+type FieldMatch struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The field.
+	Field *Field `protobuf:"bytes,1,opt,name=field,proto3" json:"field,omitempty"`
+	// The value, byte by byte; empty: any, but it has to be there.
+	Value         string `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FieldMatch) Reset() {
+	*x = FieldMatch{}
+	mi := &file_policy_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FieldMatch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FieldMatch) ProtoMessage() {}
+
+func (x *FieldMatch) ProtoReflect() protoreflect.Message {
+	mi := &file_policy_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FieldMatch.ProtoReflect.Descriptor instead.
+func (*FieldMatch) Descriptor() ([]byte, []int) {
+	return file_policy_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *FieldMatch) GetField() *Field {
+	if x != nil {
+		return x.Field
+	}
+	return nil
+}
+
+func (x *FieldMatch) GetValue() string {
+	if x != nil {
+		return x.Value
+	}
+	return ""
+}
+
 // Reject answers a request with an error.
 type Reject struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1374,7 +1967,7 @@ type Reject struct {
 
 func (x *Reject) Reset() {
 	*x = Reject{}
-	mi := &file_policy_proto_msgTypes[18]
+	mi := &file_policy_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1386,7 +1979,7 @@ func (x *Reject) String() string {
 func (*Reject) ProtoMessage() {}
 
 func (x *Reject) ProtoReflect() protoreflect.Message {
-	mi := &file_policy_proto_msgTypes[18]
+	mi := &file_policy_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1399,7 +1992,7 @@ func (x *Reject) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reject.ProtoReflect.Descriptor instead.
 func (*Reject) Descriptor() ([]byte, []int) {
-	return file_policy_proto_rawDescGZIP(), []int{18}
+	return file_policy_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Reject) GetStatus() uint32 {
@@ -1429,7 +2022,7 @@ type Redirect struct {
 
 func (x *Redirect) Reset() {
 	*x = Redirect{}
-	mi := &file_policy_proto_msgTypes[19]
+	mi := &file_policy_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1441,7 +2034,7 @@ func (x *Redirect) String() string {
 func (*Redirect) ProtoMessage() {}
 
 func (x *Redirect) ProtoReflect() protoreflect.Message {
-	mi := &file_policy_proto_msgTypes[19]
+	mi := &file_policy_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1454,7 +2047,7 @@ func (x *Redirect) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Redirect.ProtoReflect.Descriptor instead.
 func (*Redirect) Descriptor() ([]byte, []int) {
-	return file_policy_proto_rawDescGZIP(), []int{19}
+	return file_policy_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Redirect) GetStatus() uint32 {
@@ -1481,7 +2074,7 @@ type Eligibility struct {
 
 func (x *Eligibility) Reset() {
 	*x = Eligibility{}
-	mi := &file_policy_proto_msgTypes[20]
+	mi := &file_policy_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1493,7 +2086,7 @@ func (x *Eligibility) String() string {
 func (*Eligibility) ProtoMessage() {}
 
 func (x *Eligibility) ProtoReflect() protoreflect.Message {
-	mi := &file_policy_proto_msgTypes[20]
+	mi := &file_policy_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1506,7 +2099,7 @@ func (x *Eligibility) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Eligibility.ProtoReflect.Descriptor instead.
 func (*Eligibility) Descriptor() ([]byte, []int) {
-	return file_policy_proto_rawDescGZIP(), []int{20}
+	return file_policy_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Eligibility) GetServers() []*EligibleServer {
@@ -1531,7 +2124,7 @@ type EligibleServer struct {
 
 func (x *EligibleServer) Reset() {
 	*x = EligibleServer{}
-	mi := &file_policy_proto_msgTypes[21]
+	mi := &file_policy_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1543,7 +2136,7 @@ func (x *EligibleServer) String() string {
 func (*EligibleServer) ProtoMessage() {}
 
 func (x *EligibleServer) ProtoReflect() protoreflect.Message {
-	mi := &file_policy_proto_msgTypes[21]
+	mi := &file_policy_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1556,7 +2149,7 @@ func (x *EligibleServer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EligibleServer.ProtoReflect.Descriptor instead.
 func (*EligibleServer) Descriptor() ([]byte, []int) {
-	return file_policy_proto_rawDescGZIP(), []int{21}
+	return file_policy_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *EligibleServer) GetServer() string {
@@ -1590,7 +2183,7 @@ type Scores struct {
 
 func (x *Scores) Reset() {
 	*x = Scores{}
-	mi := &file_policy_proto_msgTypes[22]
+	mi := &file_policy_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1602,7 +2195,7 @@ func (x *Scores) String() string {
 func (*Scores) ProtoMessage() {}
 
 func (x *Scores) ProtoReflect() protoreflect.Message {
-	mi := &file_policy_proto_msgTypes[22]
+	mi := &file_policy_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1615,7 +2208,7 @@ func (x *Scores) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Scores.ProtoReflect.Descriptor instead.
 func (*Scores) Descriptor() ([]byte, []int) {
-	return file_policy_proto_rawDescGZIP(), []int{22}
+	return file_policy_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Scores) GetServers() []*ServerScore {
@@ -1638,7 +2231,7 @@ type ServerScore struct {
 
 func (x *ServerScore) Reset() {
 	*x = ServerScore{}
-	mi := &file_policy_proto_msgTypes[23]
+	mi := &file_policy_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1650,7 +2243,7 @@ func (x *ServerScore) String() string {
 func (*ServerScore) ProtoMessage() {}
 
 func (x *ServerScore) ProtoReflect() protoreflect.Message {
-	mi := &file_policy_proto_msgTypes[23]
+	mi := &file_policy_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1663,7 +2256,7 @@ func (x *ServerScore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServerScore.ProtoReflect.Descriptor instead.
 func (*ServerScore) Descriptor() ([]byte, []int) {
-	return file_policy_proto_rawDescGZIP(), []int{23}
+	return file_policy_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ServerScore) GetServer() string {
@@ -1680,19 +2273,807 @@ func (x *ServerScore) GetScore() float64 {
 	return 0
 }
 
+// Affinity sends requests that have something in common to the same server. If
+// that server may be used it is taken, else the affinity is skipped.
+type Affinity struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What the requests have in common.
+	Key *AffinityKey `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// Values with their servers.
+	Table []*Pin `protobuf:"bytes,2,rep,name=table,proto3" json:"table,omitempty"`
+	// Spread the values that are not in the table over hash_servers, by weighted
+	// rendezvous hashing.
+	Hash bool `protobuf:"varint,3,opt,name=hash,proto3" json:"hash,omitempty"`
+	// The servers for that; empty: all that are no backups.
+	HashServers   []string `protobuf:"bytes,4,rep,name=hash_servers,json=hashServers,proto3" json:"hash_servers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Affinity) Reset() {
+	*x = Affinity{}
+	mi := &file_policy_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Affinity) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Affinity) ProtoMessage() {}
+
+func (x *Affinity) ProtoReflect() protoreflect.Message {
+	mi := &file_policy_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Affinity.ProtoReflect.Descriptor instead.
+func (*Affinity) Descriptor() ([]byte, []int) {
+	return file_policy_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *Affinity) GetKey() *AffinityKey {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *Affinity) GetTable() []*Pin {
+	if x != nil {
+		return x.Table
+	}
+	return nil
+}
+
+func (x *Affinity) GetHash() bool {
+	if x != nil {
+		return x.Hash
+	}
+	return false
+}
+
+func (x *Affinity) GetHashServers() []string {
+	if x != nil {
+		return x.HashServers
+	}
+	return nil
+}
+
+// AffinityKey is the part of a request that counts; requests without it are left
+// alone.
+type AffinityKey struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A header field or cookie; absent: the client's address.
+	Field *Field `protobuf:"bytes,1,opt,name=field,proto3" json:"field,omitempty"`
+	// How many leading bits of an IPv4 client address count; 0: all.
+	Bits4 uint32 `protobuf:"varint,2,opt,name=bits4,proto3" json:"bits4,omitempty"`
+	// The same for IPv6.
+	Bits6         uint32 `protobuf:"varint,3,opt,name=bits6,proto3" json:"bits6,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AffinityKey) Reset() {
+	*x = AffinityKey{}
+	mi := &file_policy_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AffinityKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AffinityKey) ProtoMessage() {}
+
+func (x *AffinityKey) ProtoReflect() protoreflect.Message {
+	mi := &file_policy_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AffinityKey.ProtoReflect.Descriptor instead.
+func (*AffinityKey) Descriptor() ([]byte, []int) {
+	return file_policy_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *AffinityKey) GetField() *Field {
+	if x != nil {
+		return x.Field
+	}
+	return nil
+}
+
+func (x *AffinityKey) GetBits4() uint32 {
+	if x != nil {
+		return x.Bits4
+	}
+	return 0
+}
+
+func (x *AffinityKey) GetBits6() uint32 {
+	if x != nil {
+		return x.Bits6
+	}
+	return 0
+}
+
+// Pin sends one value to one server.
+type Pin struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The value; an address in its usual form where the client's address counts.
+	Value string `protobuf:"bytes,1,opt,name=value,proto3" json:"value,omitempty"`
+	// The server's name; an unknown one makes the snapshot invalid.
+	Server        string `protobuf:"bytes,2,opt,name=server,proto3" json:"server,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Pin) Reset() {
+	*x = Pin{}
+	mi := &file_policy_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Pin) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Pin) ProtoMessage() {}
+
+func (x *Pin) ProtoReflect() protoreflect.Message {
+	mi := &file_policy_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Pin.ProtoReflect.Descriptor instead.
+func (*Pin) Descriptor() ([]byte, []int) {
+	return file_policy_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *Pin) GetValue() string {
+	if x != nil {
+		return x.Value
+	}
+	return ""
+}
+
+func (x *Pin) GetServer() string {
+	if x != nil {
+		return x.Server
+	}
+	return ""
+}
+
+// Budgets bound payload bytes, both ways together, by token buckets that Weir
+// keeps. Responses that run are never cut: a bucket goes into debt, and until
+// that is earned back its server gets no new request. The length of a response
+// counts when its head is there.
+type Budgets struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The budgets of servers; one that is not listed has none.
+	Servers []*Budget `protobuf:"bytes,1,rep,name=servers,proto3" json:"servers,omitempty"`
+	// The budget of the whole farm; its server does not matter. Absent: none.
+	Farm          *Budget `protobuf:"bytes,2,opt,name=farm,proto3" json:"farm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Budgets) Reset() {
+	*x = Budgets{}
+	mi := &file_policy_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Budgets) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Budgets) ProtoMessage() {}
+
+func (x *Budgets) ProtoReflect() protoreflect.Message {
+	mi := &file_policy_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Budgets.ProtoReflect.Descriptor instead.
+func (*Budgets) Descriptor() ([]byte, []int) {
+	return file_policy_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *Budgets) GetServers() []*Budget {
+	if x != nil {
+		return x.Servers
+	}
+	return nil
+}
+
+func (x *Budgets) GetFarm() *Budget {
+	if x != nil {
+		return x.Farm
+	}
+	return nil
+}
+
+// Budget is a token bucket.
+type Budget struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The server's name; an unknown one makes the snapshot invalid.
+	Server string `protobuf:"bytes,1,opt,name=server,proto3" json:"server,omitempty"`
+	// What it earns.
+	BytesPerSecond float64 `protobuf:"fixed64,2,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"`
+	// What it holds at most, in bytes.
+	Burst float64 `protobuf:"fixed64,3,opt,name=burst,proto3" json:"burst,omitempty"`
+	// What happens to new requests while it is in debt.
+	AtCap         AtCap `protobuf:"varint,4,opt,name=at_cap,json=atCap,proto3,enum=weir.policy.v1.AtCap" json:"at_cap,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Budget) Reset() {
+	*x = Budget{}
+	mi := &file_policy_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Budget) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Budget) ProtoMessage() {}
+
+func (x *Budget) ProtoReflect() protoreflect.Message {
+	mi := &file_policy_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Budget.ProtoReflect.Descriptor instead.
+func (*Budget) Descriptor() ([]byte, []int) {
+	return file_policy_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *Budget) GetServer() string {
+	if x != nil {
+		return x.Server
+	}
+	return ""
+}
+
+func (x *Budget) GetBytesPerSecond() float64 {
+	if x != nil {
+		return x.BytesPerSecond
+	}
+	return 0
+}
+
+func (x *Budget) GetBurst() float64 {
+	if x != nil {
+		return x.Burst
+	}
+	return 0
+}
+
+func (x *Budget) GetAtCap() AtCap {
+	if x != nil {
+		return x.AtCap
+	}
+	return AtCap_AT_CAP_SKIP
+}
+
+// AskKey says what the plugin wants to know. Nothing else of a request leaves
+// Weir, and never a body. Answers are kept under exactly these parts.
+type AskKey struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The method.
+	Method bool `protobuf:"varint,1,opt,name=method,proto3" json:"method,omitempty"`
+	// The host, in lower case, without port.
+	Host bool `protobuf:"varint,2,opt,name=host,proto3" json:"host,omitempty"`
+	// The raw path, without a query.
+	Path bool `protobuf:"varint,3,opt,name=path,proto3" json:"path,omitempty"`
+	// Only so many segments of the path; 0: all.
+	PathSegments uint32 `protobuf:"varint,4,opt,name=path_segments,json=pathSegments,proto3" json:"path_segments,omitempty"`
+	// These header fields and cookies.
+	Fields []*Field `protobuf:"bytes,5,rep,name=fields,proto3" json:"fields,omitempty"`
+	// The client's address.
+	Client bool `protobuf:"varint,6,opt,name=client,proto3" json:"client,omitempty"`
+	// Only so many leading bits of an IPv4 client address; 0: all.
+	ClientBits4 uint32 `protobuf:"varint,7,opt,name=client_bits4,json=clientBits4,proto3" json:"client_bits4,omitempty"`
+	// The same for IPv6.
+	ClientBits6   uint32 `protobuf:"varint,8,opt,name=client_bits6,json=clientBits6,proto3" json:"client_bits6,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AskKey) Reset() {
+	*x = AskKey{}
+	mi := &file_policy_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AskKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AskKey) ProtoMessage() {}
+
+func (x *AskKey) ProtoReflect() protoreflect.Message {
+	mi := &file_policy_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AskKey.ProtoReflect.Descriptor instead.
+func (*AskKey) Descriptor() ([]byte, []int) {
+	return file_policy_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *AskKey) GetMethod() bool {
+	if x != nil {
+		return x.Method
+	}
+	return false
+}
+
+func (x *AskKey) GetHost() bool {
+	if x != nil {
+		return x.Host
+	}
+	return false
+}
+
+func (x *AskKey) GetPath() bool {
+	if x != nil {
+		return x.Path
+	}
+	return false
+}
+
+func (x *AskKey) GetPathSegments() uint32 {
+	if x != nil {
+		return x.PathSegments
+	}
+	return 0
+}
+
+func (x *AskKey) GetFields() []*Field {
+	if x != nil {
+		return x.Fields
+	}
+	return nil
+}
+
+func (x *AskKey) GetClient() bool {
+	if x != nil {
+		return x.Client
+	}
+	return false
+}
+
+func (x *AskKey) GetClientBits4() uint32 {
+	if x != nil {
+		return x.ClientBits4
+	}
+	return 0
+}
+
+func (x *AskKey) GetClientBits6() uint32 {
+	if x != nil {
+		return x.ClientBits6
+	}
+	return 0
+}
+
+type DecideRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The farm's name.
+	Farm string `protobuf:"bytes,1,opt,name=farm,proto3" json:"farm,omitempty"`
+	// The method, if asked for.
+	Method string `protobuf:"bytes,2,opt,name=method,proto3" json:"method,omitempty"`
+	// The host, if asked for.
+	Host string `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"`
+	// The path, if asked for.
+	Path string `protobuf:"bytes,4,opt,name=path,proto3" json:"path,omitempty"`
+	// The fields that were asked for, in that order.
+	Fields []*FieldValue `protobuf:"bytes,5,rep,name=fields,proto3" json:"fields,omitempty"`
+	// The client's address, if asked for; a network if not all bits were.
+	Client string `protobuf:"bytes,6,opt,name=client,proto3" json:"client,omitempty"`
+	// Which attempt this is: 1, or more after a server failed.
+	Attempt uint32 `protobuf:"varint,7,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	// The servers where the request has been.
+	Tried         []string `protobuf:"bytes,8,rep,name=tried,proto3" json:"tried,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DecideRequest) Reset() {
+	*x = DecideRequest{}
+	mi := &file_policy_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DecideRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DecideRequest) ProtoMessage() {}
+
+func (x *DecideRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_policy_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DecideRequest.ProtoReflect.Descriptor instead.
+func (*DecideRequest) Descriptor() ([]byte, []int) {
+	return file_policy_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *DecideRequest) GetFarm() string {
+	if x != nil {
+		return x.Farm
+	}
+	return ""
+}
+
+func (x *DecideRequest) GetMethod() string {
+	if x != nil {
+		return x.Method
+	}
+	return ""
+}
+
+func (x *DecideRequest) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *DecideRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *DecideRequest) GetFields() []*FieldValue {
+	if x != nil {
+		return x.Fields
+	}
+	return nil
+}
+
+func (x *DecideRequest) GetClient() string {
+	if x != nil {
+		return x.Client
+	}
+	return ""
+}
+
+func (x *DecideRequest) GetAttempt() uint32 {
+	if x != nil {
+		return x.Attempt
+	}
+	return 0
+}
+
+func (x *DecideRequest) GetTried() []string {
+	if x != nil {
+		return x.Tried
+	}
+	return nil
+}
+
+// FieldValue is the value of a field in a request.
+type FieldValue struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The field.
+	Field *Field `protobuf:"bytes,1,opt,name=field,proto3" json:"field,omitempty"`
+	// Its value.
+	Value []byte `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	// The request has the field.
+	Present       bool `protobuf:"varint,3,opt,name=present,proto3" json:"present,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FieldValue) Reset() {
+	*x = FieldValue{}
+	mi := &file_policy_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FieldValue) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FieldValue) ProtoMessage() {}
+
+func (x *FieldValue) ProtoReflect() protoreflect.Message {
+	mi := &file_policy_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FieldValue.ProtoReflect.Descriptor instead.
+func (*FieldValue) Descriptor() ([]byte, []int) {
+	return file_policy_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *FieldValue) GetField() *Field {
+	if x != nil {
+		return x.Field
+	}
+	return nil
+}
+
+func (x *FieldValue) GetValue() []byte {
+	if x != nil {
+		return x.Value
+	}
+	return nil
+}
+
+func (x *FieldValue) GetPresent() bool {
+	if x != nil {
+		return x.Present
+	}
+	return false
+}
+
+type DecideResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What to do; absent: the plugin does not mind.
+	//
+	// Types that are valid to be assigned to Answer:
+	//
+	//	*DecideResponse_Servers
+	//	*DecideResponse_Reject
+	//	*DecideResponse_Redirect
+	Answer isDecideResponse_Answer `protobuf_oneof:"answer"`
+	// How long the answer holds for equal requests, in milliseconds; 0: for this
+	// one alone.
+	TtlMs uint64 `protobuf:"varint,4,opt,name=ttl_ms,json=ttlMs,proto3" json:"ttl_ms,omitempty"`
+	// A mark for the packets of the connection, in the bits that Weir's own mark
+	// leaves free; 0: none.
+	Mark uint32 `protobuf:"varint,5,opt,name=mark,proto3" json:"mark,omitempty"`
+	// Keep the client's address away for so many seconds; 0: do not.
+	BanSeconds    uint32 `protobuf:"varint,6,opt,name=ban_seconds,json=banSeconds,proto3" json:"ban_seconds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DecideResponse) Reset() {
+	*x = DecideResponse{}
+	mi := &file_policy_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DecideResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DecideResponse) ProtoMessage() {}
+
+func (x *DecideResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_policy_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DecideResponse.ProtoReflect.Descriptor instead.
+func (*DecideResponse) Descriptor() ([]byte, []int) {
+	return file_policy_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *DecideResponse) GetAnswer() isDecideResponse_Answer {
+	if x != nil {
+		return x.Answer
+	}
+	return nil
+}
+
+func (x *DecideResponse) GetServers() *ServerChoice {
+	if x != nil {
+		if x, ok := x.Answer.(*DecideResponse_Servers); ok {
+			return x.Servers
+		}
+	}
+	return nil
+}
+
+func (x *DecideResponse) GetReject() *Reject {
+	if x != nil {
+		if x, ok := x.Answer.(*DecideResponse_Reject); ok {
+			return x.Reject
+		}
+	}
+	return nil
+}
+
+func (x *DecideResponse) GetRedirect() *Redirect {
+	if x != nil {
+		if x, ok := x.Answer.(*DecideResponse_Redirect); ok {
+			return x.Redirect
+		}
+	}
+	return nil
+}
+
+func (x *DecideResponse) GetTtlMs() uint64 {
+	if x != nil {
+		return x.TtlMs
+	}
+	return 0
+}
+
+func (x *DecideResponse) GetMark() uint32 {
+	if x != nil {
+		return x.Mark
+	}
+	return 0
+}
+
+func (x *DecideResponse) GetBanSeconds() uint32 {
+	if x != nil {
+		return x.BanSeconds
+	}
+	return 0
+}
+
+type isDecideResponse_Answer interface {
+	isDecideResponse_Answer()
+}
+
+type DecideResponse_Servers struct {
+	// Send it to one of these.
+	Servers *ServerChoice `protobuf:"bytes,1,opt,name=servers,proto3,oneof"`
+}
+
+type DecideResponse_Reject struct {
+	// Answer with an error.
+	Reject *Reject `protobuf:"bytes,2,opt,name=reject,proto3,oneof"`
+}
+
+type DecideResponse_Redirect struct {
+	// Answer with a redirection: 302, 307 or 308.
+	Redirect *Redirect `protobuf:"bytes,3,opt,name=redirect,proto3,oneof"`
+}
+
+func (*DecideResponse_Servers) isDecideResponse_Answer() {}
+
+func (*DecideResponse_Reject) isDecideResponse_Answer() {}
+
+func (*DecideResponse_Redirect) isDecideResponse_Answer() {}
+
+// ServerChoice are servers with scores.
+type ServerChoice struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The servers. A score of 0 is as good as 1.
+	Servers       []*ServerScore `protobuf:"bytes,1,rep,name=servers,proto3" json:"servers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ServerChoice) Reset() {
+	*x = ServerChoice{}
+	mi := &file_policy_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ServerChoice) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ServerChoice) ProtoMessage() {}
+
+func (x *ServerChoice) ProtoReflect() protoreflect.Message {
+	mi := &file_policy_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ServerChoice.ProtoReflect.Descriptor instead.
+func (*ServerChoice) Descriptor() ([]byte, []int) {
+	return file_policy_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *ServerChoice) GetServers() []*ServerScore {
+	if x != nil {
+		return x.Servers
+	}
+	return nil
+}
+
 var File_policy_proto protoreflect.FileDescriptor
 
 const file_policy_proto_rawDesc = "" +
 	"\n" +
 	"\fpolicy.proto\x12\x0eweir.policy.v1\"4\n" +
 	"\x0fDescribeRequest\x12!\n" +
-	"\fweir_version\x18\x01 \x01(\tR\vweirVersion\"\xd9\x01\n" +
+	"\fweir_version\x18\x01 \x01(\tR\vweirVersion\"\x9c\x02\n" +
 	"\x10DescribeResponse\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12>\n" +
 	"\fcapabilities\x18\x03 \x03(\v2\x1a.weir.policy.v1.CapabilityR\fcapabilities\x122\n" +
 	"\x05kinds\x18\x04 \x03(\x0e2\x1c.weir.policy.v1.SnapshotKindR\x05kinds\x12#\n" +
-	"\rconfig_schema\x18\x05 \x01(\fR\fconfigSchema\":\n" +
+	"\rconfig_schema\x18\x05 \x01(\fR\fconfigSchema\x12\x17\n" +
+	"\atick_ms\x18\x06 \x01(\rR\x06tickMs\x12(\n" +
+	"\x03ask\x18\a \x01(\v2\x16.weir.policy.v1.AskKeyR\x03ask\":\n" +
 	"\n" +
 	"Capability\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
@@ -1723,12 +3104,29 @@ const file_policy_proto_rawDesc = "" +
 	"\ttelemetry\x18\x02 \x01(\v2\x19.weir.policy.v1.TelemetryR\ttelemetry\x12'\n" +
 	"\x0fhave_generation\x18\x03 \x01(\x04R\x0ehaveGeneration\"D\n" +
 	"\fTickResponse\x124\n" +
-	"\bsnapshot\x18\x01 \x01(\v2\x18.weir.policy.v1.SnapshotR\bsnapshot\"\xa2\x01\n" +
+	"\bsnapshot\x18\x01 \x01(\v2\x18.weir.policy.v1.SnapshotR\bsnapshot\"\x82\x04\n" +
 	"\tTelemetry\x12$\n" +
 	"\x0etime_unix_nano\x18\x01 \x01(\x03R\ftimeUnixNano\x129\n" +
 	"\aservers\x18\x02 \x03(\v2\x1f.weir.policy.v1.ServerTelemetryR\aservers\x12\x1a\n" +
 	"\brequests\x18\x03 \x01(\x04R\brequests\x12\x18\n" +
-	"\awaiting\x18\x04 \x01(\rR\awaiting\"\x86\x02\n" +
+	"\awaiting\x18\x04 \x01(\rR\awaiting\x12-\n" +
+	"\x12client_connections\x18\x05 \x01(\x04R\x11clientConnections\x12\x1c\n" +
+	"\tresponses\x18\x06 \x01(\x04R\tresponses\x12\x1f\n" +
+	"\vown_answers\x18\a \x01(\x04R\n" +
+	"ownAnswers\x12\"\n" +
+	"\fredispatched\x18\b \x01(\x04R\fredispatched\x12\x19\n" +
+	"\bbytes_in\x18\t \x01(\x04R\abytesIn\x12\x1b\n" +
+	"\tbytes_out\x18\n" +
+	" \x01(\x04R\bbytesOut\x12E\n" +
+	"\x11client_round_trip\x18\v \x01(\v2\x19.weir.policy.v1.HistogramR\x0fclientRoundTrip\x125\n" +
+	"\x16client_retransmissions\x18\f \x01(\x04R\x15clientRetransmissions\x12\x16\n" +
+	"\x06waited\x18\r \x01(\x04R\x06waited\"@\n" +
+	"\tHistogram\x12\x1b\n" +
+	"\tsum_nanos\x18\x01 \x01(\x04R\bsumNanos\x12\x16\n" +
+	"\x06counts\x18\x02 \x03(\x04R\x06counts\"U\n" +
+	"\fFailureCount\x12/\n" +
+	"\x04kind\x18\x01 \x01(\x0e2\x1b.weir.policy.v1.FailureKindR\x04kind\x12\x14\n" +
+	"\x05count\x18\x02 \x01(\x04R\x05count\"\xf6\x05\n" +
 	"\x0fServerTelemetry\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x121\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x1b.weir.policy.v1.ServerStateR\x05state\x12\x16\n" +
@@ -1738,7 +3136,23 @@ const file_policy_proto_rawDesc = "" +
 	"\x06opened\x18\x06 \x01(\x04R\x06opened\x12\x16\n" +
 	"\x06reused\x18\a \x01(\x04R\x06reused\x12\x1a\n" +
 	"\brequests\x18\b \x01(\x04R\brequests\x12\x1a\n" +
-	"\bfailures\x18\t \x01(\x04R\bfailures\"\xe4\x01\n" +
+	"\bfailures\x18\t \x01(\x04R\bfailures\x12F\n" +
+	"\x10failures_by_kind\x18\n" +
+	" \x03(\v2\x1c.weir.policy.v1.FailureCountR\x0efailuresByKind\x12\x1c\n" +
+	"\tresponses\x18\v \x01(\x04R\tresponses\x12#\n" +
+	"\rserver_errors\x18\f \x01(\x04R\fserverErrors\x12\x19\n" +
+	"\bbytes_in\x18\r \x01(\x04R\abytesIn\x12\x1b\n" +
+	"\tbytes_out\x18\x0e \x01(\x04R\bbytesOut\x12\x12\n" +
+	"\x04open\x18\x0f \x01(\rR\x04open\x12\x1e\n" +
+	"\n" +
+	"connecting\x18\x10 \x01(\rR\n" +
+	"connecting\x12<\n" +
+	"\fconnect_time\x18\x11 \x01(\v2\x19.weir.policy.v1.HistogramR\vconnectTime\x128\n" +
+	"\n" +
+	"first_byte\x18\x12 \x01(\v2\x19.weir.policy.v1.HistogramR\tfirstByte\x12(\n" +
+	"\x0fretransmissions\x18\x13 \x01(\x04R\x0fretransmissions\x12\x1c\n" +
+	"\tavailable\x18\x14 \x01(\bR\tavailable\x127\n" +
+	"\x17request_retransmissions\x18\x15 \x01(\x04R\x16requestRetransmissions\"\xcd\x02\n" +
 	"\bSnapshot\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x01 \x01(\x04R\n" +
@@ -1746,7 +3160,9 @@ const file_policy_proto_rawDesc = "" +
 	"\bvalid_ms\x18\x02 \x01(\x04R\avalidMs\x12.\n" +
 	"\x06routes\x18\x03 \x01(\v2\x16.weir.policy.v1.RoutesR\x06routes\x12=\n" +
 	"\veligibility\x18\x04 \x01(\v2\x1b.weir.policy.v1.EligibilityR\veligibility\x12.\n" +
-	"\x06scores\x18\x05 \x01(\v2\x16.weir.policy.v1.ScoresR\x06scores\"\x9c\x01\n" +
+	"\x06scores\x18\x05 \x01(\v2\x16.weir.policy.v1.ScoresR\x06scores\x124\n" +
+	"\baffinity\x18\x06 \x01(\v2\x18.weir.policy.v1.AffinityR\baffinity\x121\n" +
+	"\abudgets\x18\a \x01(\v2\x17.weir.policy.v1.BudgetsR\abudgets\"\x9c\x01\n" +
 	"\x06Routes\x12-\n" +
 	"\x04sets\x18\x01 \x03(\v2\x19.weir.policy.v1.ServerSetR\x04sets\x12-\n" +
 	"\x06routes\x18\x02 \x03(\v2\x15.weir.policy.v1.RouteR\x06routes\x12$\n" +
@@ -1754,15 +3170,23 @@ const file_policy_proto_rawDesc = "" +
 	"defaultSet\x88\x01\x01B\x0e\n" +
 	"\f_default_set\"%\n" +
 	"\tServerSet\x12\x18\n" +
-	"\aservers\x18\x01 \x03(\tR\aservers\"\xcf\x01\n" +
+	"\aservers\x18\x01 \x03(\tR\aservers\"\x83\x02\n" +
 	"\x05Route\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x16\n" +
 	"\x06prefix\x18\x03 \x01(\tR\x06prefix\x12\x12\n" +
 	"\x03set\x18\x04 \x01(\rH\x00R\x03set\x120\n" +
 	"\x06reject\x18\x05 \x01(\v2\x16.weir.policy.v1.RejectH\x00R\x06reject\x126\n" +
-	"\bredirect\x18\x06 \x01(\v2\x18.weir.policy.v1.RedirectH\x00R\bredirectB\b\n" +
-	"\x06action\"A\n" +
+	"\bredirect\x18\x06 \x01(\v2\x18.weir.policy.v1.RedirectH\x00R\bredirect\x122\n" +
+	"\x06fields\x18\a \x03(\v2\x1a.weir.policy.v1.FieldMatchR\x06fieldsB\b\n" +
+	"\x06action\"3\n" +
+	"\x05Field\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06cookie\x18\x02 \x01(\bR\x06cookie\"O\n" +
+	"\n" +
+	"FieldMatch\x12+\n" +
+	"\x05field\x18\x01 \x01(\v2\x15.weir.policy.v1.FieldR\x05field\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value\"A\n" +
 	"\x06Reject\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x1f\n" +
 	"\vretry_after\x18\x02 \x01(\rR\n" +
@@ -1780,24 +3204,94 @@ const file_policy_proto_rawDesc = "" +
 	"\aservers\x18\x01 \x03(\v2\x1b.weir.policy.v1.ServerScoreR\aservers\";\n" +
 	"\vServerScore\x12\x16\n" +
 	"\x06server\x18\x01 \x01(\tR\x06server\x12\x14\n" +
-	"\x05score\x18\x02 \x01(\x01R\x05score*\x80\x01\n" +
+	"\x05score\x18\x02 \x01(\x01R\x05score\"\x9b\x01\n" +
+	"\bAffinity\x12-\n" +
+	"\x03key\x18\x01 \x01(\v2\x1b.weir.policy.v1.AffinityKeyR\x03key\x12)\n" +
+	"\x05table\x18\x02 \x03(\v2\x13.weir.policy.v1.PinR\x05table\x12\x12\n" +
+	"\x04hash\x18\x03 \x01(\bR\x04hash\x12!\n" +
+	"\fhash_servers\x18\x04 \x03(\tR\vhashServers\"f\n" +
+	"\vAffinityKey\x12+\n" +
+	"\x05field\x18\x01 \x01(\v2\x15.weir.policy.v1.FieldR\x05field\x12\x14\n" +
+	"\x05bits4\x18\x02 \x01(\rR\x05bits4\x12\x14\n" +
+	"\x05bits6\x18\x03 \x01(\rR\x05bits6\"3\n" +
+	"\x03Pin\x12\x14\n" +
+	"\x05value\x18\x01 \x01(\tR\x05value\x12\x16\n" +
+	"\x06server\x18\x02 \x01(\tR\x06server\"g\n" +
+	"\aBudgets\x120\n" +
+	"\aservers\x18\x01 \x03(\v2\x16.weir.policy.v1.BudgetR\aservers\x12*\n" +
+	"\x04farm\x18\x02 \x01(\v2\x16.weir.policy.v1.BudgetR\x04farm\"\x8e\x01\n" +
+	"\x06Budget\x12\x16\n" +
+	"\x06server\x18\x01 \x01(\tR\x06server\x12(\n" +
+	"\x10bytes_per_second\x18\x02 \x01(\x01R\x0ebytesPerSecond\x12\x14\n" +
+	"\x05burst\x18\x03 \x01(\x01R\x05burst\x12,\n" +
+	"\x06at_cap\x18\x04 \x01(\x0e2\x15.weir.policy.v1.AtCapR\x05atCap\"\xfa\x01\n" +
+	"\x06AskKey\x12\x16\n" +
+	"\x06method\x18\x01 \x01(\bR\x06method\x12\x12\n" +
+	"\x04host\x18\x02 \x01(\bR\x04host\x12\x12\n" +
+	"\x04path\x18\x03 \x01(\bR\x04path\x12#\n" +
+	"\rpath_segments\x18\x04 \x01(\rR\fpathSegments\x12-\n" +
+	"\x06fields\x18\x05 \x03(\v2\x15.weir.policy.v1.FieldR\x06fields\x12\x16\n" +
+	"\x06client\x18\x06 \x01(\bR\x06client\x12!\n" +
+	"\fclient_bits4\x18\a \x01(\rR\vclientBits4\x12!\n" +
+	"\fclient_bits6\x18\b \x01(\rR\vclientBits6\"\xdf\x01\n" +
+	"\rDecideRequest\x12\x12\n" +
+	"\x04farm\x18\x01 \x01(\tR\x04farm\x12\x16\n" +
+	"\x06method\x18\x02 \x01(\tR\x06method\x12\x12\n" +
+	"\x04host\x18\x03 \x01(\tR\x04host\x12\x12\n" +
+	"\x04path\x18\x04 \x01(\tR\x04path\x122\n" +
+	"\x06fields\x18\x05 \x03(\v2\x1a.weir.policy.v1.FieldValueR\x06fields\x12\x16\n" +
+	"\x06client\x18\x06 \x01(\tR\x06client\x12\x18\n" +
+	"\aattempt\x18\a \x01(\rR\aattempt\x12\x14\n" +
+	"\x05tried\x18\b \x03(\tR\x05tried\"i\n" +
+	"\n" +
+	"FieldValue\x12+\n" +
+	"\x05field\x18\x01 \x01(\v2\x15.weir.policy.v1.FieldR\x05field\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value\x12\x18\n" +
+	"\apresent\x18\x03 \x01(\bR\apresent\"\x8a\x02\n" +
+	"\x0eDecideResponse\x128\n" +
+	"\aservers\x18\x01 \x01(\v2\x1c.weir.policy.v1.ServerChoiceH\x00R\aservers\x120\n" +
+	"\x06reject\x18\x02 \x01(\v2\x16.weir.policy.v1.RejectH\x00R\x06reject\x126\n" +
+	"\bredirect\x18\x03 \x01(\v2\x18.weir.policy.v1.RedirectH\x00R\bredirect\x12\x15\n" +
+	"\x06ttl_ms\x18\x04 \x01(\x04R\x05ttlMs\x12\x12\n" +
+	"\x04mark\x18\x05 \x01(\rR\x04mark\x12\x1f\n" +
+	"\vban_seconds\x18\x06 \x01(\rR\n" +
+	"banSecondsB\b\n" +
+	"\x06answer\"E\n" +
+	"\fServerChoice\x125\n" +
+	"\aservers\x18\x01 \x03(\v2\x1b.weir.policy.v1.ServerScoreR\aservers*\xb7\x01\n" +
 	"\fSnapshotKind\x12\x1d\n" +
 	"\x19SNAPSHOT_KIND_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14SNAPSHOT_KIND_ROUTES\x10\x01\x12\x1d\n" +
 	"\x19SNAPSHOT_KIND_ELIGIBILITY\x10\x02\x12\x18\n" +
-	"\x14SNAPSHOT_KIND_SCORES\x10\x03*\x8a\x01\n" +
+	"\x14SNAPSHOT_KIND_SCORES\x10\x03\x12\x19\n" +
+	"\x15SNAPSHOT_KIND_BUDGETS\x10\x04\x12\x1a\n" +
+	"\x16SNAPSHOT_KIND_AFFINITY\x10\x05*\x8a\x01\n" +
 	"\vServerState\x12\x1c\n" +
 	"\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12SERVER_STATE_READY\x10\x01\x12\x16\n" +
 	"\x12SERVER_STATE_DRAIN\x10\x02\x12\x16\n" +
 	"\x12SERVER_STATE_MAINT\x10\x03\x12\x15\n" +
-	"\x11SERVER_STATE_DOWN\x10\x042\xf0\x01\n" +
+	"\x11SERVER_STATE_DOWN\x10\x04*\xc8\x01\n" +
+	"\vFailureKind\x12\x1c\n" +
+	"\x18FAILURE_KIND_UNSPECIFIED\x10\x00\x12\x18\n" +
+	"\x14FAILURE_KIND_REFUSED\x10\x01\x12\x1c\n" +
+	"\x18FAILURE_KIND_UNREACHABLE\x10\x02\x12\x16\n" +
+	"\x12FAILURE_KIND_RESET\x10\x03\x12\x17\n" +
+	"\x13FAILURE_KIND_CLOSED\x10\x04\x12\x17\n" +
+	"\x13FAILURE_KIND_SILENT\x10\x05\x12\x19\n" +
+	"\x15FAILURE_KIND_RESPONSE\x10\x06*<\n" +
+	"\x05AtCap\x12\x0f\n" +
+	"\vAT_CAP_SKIP\x10\x00\x12\x0f\n" +
+	"\vAT_CAP_WAIT\x10\x01\x12\x11\n" +
+	"\rAT_CAP_IGNORE\x10\x022\xf0\x01\n" +
 	"\x04Base\x12M\n" +
 	"\bDescribe\x12\x1f.weir.policy.v1.DescribeRequest\x1a .weir.policy.v1.DescribeResponse\x12P\n" +
 	"\tConfigure\x12 .weir.policy.v1.ConfigureRequest\x1a!.weir.policy.v1.ConfigureResponse\x12G\n" +
 	"\x06Forget\x12\x1d.weir.policy.v1.ForgetRequest\x1a\x1e.weir.policy.v1.ForgetResponse2I\n" +
 	"\x04Push\x12A\n" +
-	"\x04Tick\x12\x1b.weir.policy.v1.TickRequest\x1a\x1c.weir.policy.v1.TickResponseB,Z*github.com/weirgate/weir/policies/policypbb\x06proto3"
+	"\x04Tick\x12\x1b.weir.policy.v1.TickRequest\x1a\x1c.weir.policy.v1.TickResponse2N\n" +
+	"\x03Ask\x12G\n" +
+	"\x06Decide\x12\x1d.weir.policy.v1.DecideRequest\x1a\x1e.weir.policy.v1.DecideResponseB,Z*github.com/weirgate/weir/policies/policypbb\x06proto3"
 
 var (
 	file_policy_proto_rawDescOnce sync.Once
@@ -1811,68 +3305,109 @@ func file_policy_proto_rawDescGZIP() []byte {
 	return file_policy_proto_rawDescData
 }
 
-var file_policy_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_policy_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_policy_proto_goTypes = []any{
 	(SnapshotKind)(0),         // 0: weir.policy.v1.SnapshotKind
 	(ServerState)(0),          // 1: weir.policy.v1.ServerState
-	(*DescribeRequest)(nil),   // 2: weir.policy.v1.DescribeRequest
-	(*DescribeResponse)(nil),  // 3: weir.policy.v1.DescribeResponse
-	(*Capability)(nil),        // 4: weir.policy.v1.Capability
-	(*Farm)(nil),              // 5: weir.policy.v1.Farm
-	(*Server)(nil),            // 6: weir.policy.v1.Server
-	(*ConfigureRequest)(nil),  // 7: weir.policy.v1.ConfigureRequest
-	(*ConfigureResponse)(nil), // 8: weir.policy.v1.ConfigureResponse
-	(*ConfigError)(nil),       // 9: weir.policy.v1.ConfigError
-	(*ForgetRequest)(nil),     // 10: weir.policy.v1.ForgetRequest
-	(*ForgetResponse)(nil),    // 11: weir.policy.v1.ForgetResponse
-	(*TickRequest)(nil),       // 12: weir.policy.v1.TickRequest
-	(*TickResponse)(nil),      // 13: weir.policy.v1.TickResponse
-	(*Telemetry)(nil),         // 14: weir.policy.v1.Telemetry
-	(*ServerTelemetry)(nil),   // 15: weir.policy.v1.ServerTelemetry
-	(*Snapshot)(nil),          // 16: weir.policy.v1.Snapshot
-	(*Routes)(nil),            // 17: weir.policy.v1.Routes
-	(*ServerSet)(nil),         // 18: weir.policy.v1.ServerSet
-	(*Route)(nil),             // 19: weir.policy.v1.Route
-	(*Reject)(nil),            // 20: weir.policy.v1.Reject
-	(*Redirect)(nil),          // 21: weir.policy.v1.Redirect
-	(*Eligibility)(nil),       // 22: weir.policy.v1.Eligibility
-	(*EligibleServer)(nil),    // 23: weir.policy.v1.EligibleServer
-	(*Scores)(nil),            // 24: weir.policy.v1.Scores
-	(*ServerScore)(nil),       // 25: weir.policy.v1.ServerScore
+	(FailureKind)(0),          // 2: weir.policy.v1.FailureKind
+	(AtCap)(0),                // 3: weir.policy.v1.AtCap
+	(*DescribeRequest)(nil),   // 4: weir.policy.v1.DescribeRequest
+	(*DescribeResponse)(nil),  // 5: weir.policy.v1.DescribeResponse
+	(*Capability)(nil),        // 6: weir.policy.v1.Capability
+	(*Farm)(nil),              // 7: weir.policy.v1.Farm
+	(*Server)(nil),            // 8: weir.policy.v1.Server
+	(*ConfigureRequest)(nil),  // 9: weir.policy.v1.ConfigureRequest
+	(*ConfigureResponse)(nil), // 10: weir.policy.v1.ConfigureResponse
+	(*ConfigError)(nil),       // 11: weir.policy.v1.ConfigError
+	(*ForgetRequest)(nil),     // 12: weir.policy.v1.ForgetRequest
+	(*ForgetResponse)(nil),    // 13: weir.policy.v1.ForgetResponse
+	(*TickRequest)(nil),       // 14: weir.policy.v1.TickRequest
+	(*TickResponse)(nil),      // 15: weir.policy.v1.TickResponse
+	(*Telemetry)(nil),         // 16: weir.policy.v1.Telemetry
+	(*Histogram)(nil),         // 17: weir.policy.v1.Histogram
+	(*FailureCount)(nil),      // 18: weir.policy.v1.FailureCount
+	(*ServerTelemetry)(nil),   // 19: weir.policy.v1.ServerTelemetry
+	(*Snapshot)(nil),          // 20: weir.policy.v1.Snapshot
+	(*Routes)(nil),            // 21: weir.policy.v1.Routes
+	(*ServerSet)(nil),         // 22: weir.policy.v1.ServerSet
+	(*Route)(nil),             // 23: weir.policy.v1.Route
+	(*Field)(nil),             // 24: weir.policy.v1.Field
+	(*FieldMatch)(nil),        // 25: weir.policy.v1.FieldMatch
+	(*Reject)(nil),            // 26: weir.policy.v1.Reject
+	(*Redirect)(nil),          // 27: weir.policy.v1.Redirect
+	(*Eligibility)(nil),       // 28: weir.policy.v1.Eligibility
+	(*EligibleServer)(nil),    // 29: weir.policy.v1.EligibleServer
+	(*Scores)(nil),            // 30: weir.policy.v1.Scores
+	(*ServerScore)(nil),       // 31: weir.policy.v1.ServerScore
+	(*Affinity)(nil),          // 32: weir.policy.v1.Affinity
+	(*AffinityKey)(nil),       // 33: weir.policy.v1.AffinityKey
+	(*Pin)(nil),               // 34: weir.policy.v1.Pin
+	(*Budgets)(nil),           // 35: weir.policy.v1.Budgets
+	(*Budget)(nil),            // 36: weir.policy.v1.Budget
+	(*AskKey)(nil),            // 37: weir.policy.v1.AskKey
+	(*DecideRequest)(nil),     // 38: weir.policy.v1.DecideRequest
+	(*FieldValue)(nil),        // 39: weir.policy.v1.FieldValue
+	(*DecideResponse)(nil),    // 40: weir.policy.v1.DecideResponse
+	(*ServerChoice)(nil),      // 41: weir.policy.v1.ServerChoice
 }
 var file_policy_proto_depIdxs = []int32{
-	4,  // 0: weir.policy.v1.DescribeResponse.capabilities:type_name -> weir.policy.v1.Capability
+	6,  // 0: weir.policy.v1.DescribeResponse.capabilities:type_name -> weir.policy.v1.Capability
 	0,  // 1: weir.policy.v1.DescribeResponse.kinds:type_name -> weir.policy.v1.SnapshotKind
-	6,  // 2: weir.policy.v1.Farm.servers:type_name -> weir.policy.v1.Server
-	5,  // 3: weir.policy.v1.ConfigureRequest.farm:type_name -> weir.policy.v1.Farm
-	9,  // 4: weir.policy.v1.ConfigureResponse.errors:type_name -> weir.policy.v1.ConfigError
-	14, // 5: weir.policy.v1.TickRequest.telemetry:type_name -> weir.policy.v1.Telemetry
-	16, // 6: weir.policy.v1.TickResponse.snapshot:type_name -> weir.policy.v1.Snapshot
-	15, // 7: weir.policy.v1.Telemetry.servers:type_name -> weir.policy.v1.ServerTelemetry
-	1,  // 8: weir.policy.v1.ServerTelemetry.state:type_name -> weir.policy.v1.ServerState
-	17, // 9: weir.policy.v1.Snapshot.routes:type_name -> weir.policy.v1.Routes
-	22, // 10: weir.policy.v1.Snapshot.eligibility:type_name -> weir.policy.v1.Eligibility
-	24, // 11: weir.policy.v1.Snapshot.scores:type_name -> weir.policy.v1.Scores
-	18, // 12: weir.policy.v1.Routes.sets:type_name -> weir.policy.v1.ServerSet
-	19, // 13: weir.policy.v1.Routes.routes:type_name -> weir.policy.v1.Route
-	20, // 14: weir.policy.v1.Route.reject:type_name -> weir.policy.v1.Reject
-	21, // 15: weir.policy.v1.Route.redirect:type_name -> weir.policy.v1.Redirect
-	23, // 16: weir.policy.v1.Eligibility.servers:type_name -> weir.policy.v1.EligibleServer
-	25, // 17: weir.policy.v1.Scores.servers:type_name -> weir.policy.v1.ServerScore
-	2,  // 18: weir.policy.v1.Base.Describe:input_type -> weir.policy.v1.DescribeRequest
-	7,  // 19: weir.policy.v1.Base.Configure:input_type -> weir.policy.v1.ConfigureRequest
-	10, // 20: weir.policy.v1.Base.Forget:input_type -> weir.policy.v1.ForgetRequest
-	12, // 21: weir.policy.v1.Push.Tick:input_type -> weir.policy.v1.TickRequest
-	3,  // 22: weir.policy.v1.Base.Describe:output_type -> weir.policy.v1.DescribeResponse
-	8,  // 23: weir.policy.v1.Base.Configure:output_type -> weir.policy.v1.ConfigureResponse
-	11, // 24: weir.policy.v1.Base.Forget:output_type -> weir.policy.v1.ForgetResponse
-	13, // 25: weir.policy.v1.Push.Tick:output_type -> weir.policy.v1.TickResponse
-	22, // [22:26] is the sub-list for method output_type
-	18, // [18:22] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	37, // 2: weir.policy.v1.DescribeResponse.ask:type_name -> weir.policy.v1.AskKey
+	8,  // 3: weir.policy.v1.Farm.servers:type_name -> weir.policy.v1.Server
+	7,  // 4: weir.policy.v1.ConfigureRequest.farm:type_name -> weir.policy.v1.Farm
+	11, // 5: weir.policy.v1.ConfigureResponse.errors:type_name -> weir.policy.v1.ConfigError
+	16, // 6: weir.policy.v1.TickRequest.telemetry:type_name -> weir.policy.v1.Telemetry
+	20, // 7: weir.policy.v1.TickResponse.snapshot:type_name -> weir.policy.v1.Snapshot
+	19, // 8: weir.policy.v1.Telemetry.servers:type_name -> weir.policy.v1.ServerTelemetry
+	17, // 9: weir.policy.v1.Telemetry.client_round_trip:type_name -> weir.policy.v1.Histogram
+	2,  // 10: weir.policy.v1.FailureCount.kind:type_name -> weir.policy.v1.FailureKind
+	1,  // 11: weir.policy.v1.ServerTelemetry.state:type_name -> weir.policy.v1.ServerState
+	18, // 12: weir.policy.v1.ServerTelemetry.failures_by_kind:type_name -> weir.policy.v1.FailureCount
+	17, // 13: weir.policy.v1.ServerTelemetry.connect_time:type_name -> weir.policy.v1.Histogram
+	17, // 14: weir.policy.v1.ServerTelemetry.first_byte:type_name -> weir.policy.v1.Histogram
+	21, // 15: weir.policy.v1.Snapshot.routes:type_name -> weir.policy.v1.Routes
+	28, // 16: weir.policy.v1.Snapshot.eligibility:type_name -> weir.policy.v1.Eligibility
+	30, // 17: weir.policy.v1.Snapshot.scores:type_name -> weir.policy.v1.Scores
+	32, // 18: weir.policy.v1.Snapshot.affinity:type_name -> weir.policy.v1.Affinity
+	35, // 19: weir.policy.v1.Snapshot.budgets:type_name -> weir.policy.v1.Budgets
+	22, // 20: weir.policy.v1.Routes.sets:type_name -> weir.policy.v1.ServerSet
+	23, // 21: weir.policy.v1.Routes.routes:type_name -> weir.policy.v1.Route
+	26, // 22: weir.policy.v1.Route.reject:type_name -> weir.policy.v1.Reject
+	27, // 23: weir.policy.v1.Route.redirect:type_name -> weir.policy.v1.Redirect
+	25, // 24: weir.policy.v1.Route.fields:type_name -> weir.policy.v1.FieldMatch
+	24, // 25: weir.policy.v1.FieldMatch.field:type_name -> weir.policy.v1.Field
+	29, // 26: weir.policy.v1.Eligibility.servers:type_name -> weir.policy.v1.EligibleServer
+	31, // 27: weir.policy.v1.Scores.servers:type_name -> weir.policy.v1.ServerScore
+	33, // 28: weir.policy.v1.Affinity.key:type_name -> weir.policy.v1.AffinityKey
+	34, // 29: weir.policy.v1.Affinity.table:type_name -> weir.policy.v1.Pin
+	24, // 30: weir.policy.v1.AffinityKey.field:type_name -> weir.policy.v1.Field
+	36, // 31: weir.policy.v1.Budgets.servers:type_name -> weir.policy.v1.Budget
+	36, // 32: weir.policy.v1.Budgets.farm:type_name -> weir.policy.v1.Budget
+	3,  // 33: weir.policy.v1.Budget.at_cap:type_name -> weir.policy.v1.AtCap
+	24, // 34: weir.policy.v1.AskKey.fields:type_name -> weir.policy.v1.Field
+	39, // 35: weir.policy.v1.DecideRequest.fields:type_name -> weir.policy.v1.FieldValue
+	24, // 36: weir.policy.v1.FieldValue.field:type_name -> weir.policy.v1.Field
+	41, // 37: weir.policy.v1.DecideResponse.servers:type_name -> weir.policy.v1.ServerChoice
+	26, // 38: weir.policy.v1.DecideResponse.reject:type_name -> weir.policy.v1.Reject
+	27, // 39: weir.policy.v1.DecideResponse.redirect:type_name -> weir.policy.v1.Redirect
+	31, // 40: weir.policy.v1.ServerChoice.servers:type_name -> weir.policy.v1.ServerScore
+	4,  // 41: weir.policy.v1.Base.Describe:input_type -> weir.policy.v1.DescribeRequest
+	9,  // 42: weir.policy.v1.Base.Configure:input_type -> weir.policy.v1.ConfigureRequest
+	12, // 43: weir.policy.v1.Base.Forget:input_type -> weir.policy.v1.ForgetRequest
+	14, // 44: weir.policy.v1.Push.Tick:input_type -> weir.policy.v1.TickRequest
+	38, // 45: weir.policy.v1.Ask.Decide:input_type -> weir.policy.v1.DecideRequest
+	5,  // 46: weir.policy.v1.Base.Describe:output_type -> weir.policy.v1.DescribeResponse
+	10, // 47: weir.policy.v1.Base.Configure:output_type -> weir.policy.v1.ConfigureResponse
+	13, // 48: weir.policy.v1.Base.Forget:output_type -> weir.policy.v1.ForgetResponse
+	15, // 49: weir.policy.v1.Push.Tick:output_type -> weir.policy.v1.TickResponse
+	40, // 50: weir.policy.v1.Ask.Decide:output_type -> weir.policy.v1.DecideResponse
+	46, // [46:51] is the sub-list for method output_type
+	41, // [41:46] is the sub-list for method input_type
+	41, // [41:41] is the sub-list for extension type_name
+	41, // [41:41] is the sub-list for extension extendee
+	0,  // [0:41] is the sub-list for field type_name
 }
 
 func init() { file_policy_proto_init() }
@@ -1880,21 +3415,26 @@ func file_policy_proto_init() {
 	if File_policy_proto != nil {
 		return
 	}
-	file_policy_proto_msgTypes[15].OneofWrappers = []any{}
-	file_policy_proto_msgTypes[17].OneofWrappers = []any{
+	file_policy_proto_msgTypes[17].OneofWrappers = []any{}
+	file_policy_proto_msgTypes[19].OneofWrappers = []any{
 		(*Route_Set)(nil),
 		(*Route_Reject)(nil),
 		(*Route_Redirect)(nil),
+	}
+	file_policy_proto_msgTypes[36].OneofWrappers = []any{
+		(*DecideResponse_Servers)(nil),
+		(*DecideResponse_Reject)(nil),
+		(*DecideResponse_Redirect)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_policy_proto_rawDesc), len(file_policy_proto_rawDesc)),
-			NumEnums:      2,
-			NumMessages:   24,
+			NumEnums:      4,
+			NumMessages:   38,
 			NumExtensions: 0,
-			NumServices:   2,
+			NumServices:   3,
 		},
 		GoTypes:           file_policy_proto_goTypes,
 		DependencyIndexes: file_policy_proto_depIdxs,

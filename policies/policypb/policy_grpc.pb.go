@@ -358,3 +358,121 @@ var Push_ServiceDesc = grpc.ServiceDesc{
 	Streams:  []grpc.StreamDesc{},
 	Metadata: "policy.proto",
 }
+
+const (
+	Ask_Decide_FullMethodName = "/weir.policy.v1.Ask/Decide"
+)
+
+// AskClient is the client API for Ask service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Ask is the capability "ask", version 1: the plugin is asked about requests
+// while they wait. Weir keeps the answers and asks as little as it can, but a
+// plugin that needs this slows down clients; what can be a snapshot should be
+// one.
+type AskClient interface {
+	// Decide says what to do with requests of this kind. An answer that comes
+	// after the deadline, 5 ms by default, counts as none. Calls come side by
+	// side, also for one farm.
+	Decide(ctx context.Context, in *DecideRequest, opts ...grpc.CallOption) (*DecideResponse, error)
+}
+
+type askClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewAskClient(cc grpc.ClientConnInterface) AskClient {
+	return &askClient{cc}
+}
+
+func (c *askClient) Decide(ctx context.Context, in *DecideRequest, opts ...grpc.CallOption) (*DecideResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DecideResponse)
+	err := c.cc.Invoke(ctx, Ask_Decide_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// AskServer is the server API for Ask service.
+// All implementations must embed UnimplementedAskServer
+// for forward compatibility.
+//
+// Ask is the capability "ask", version 1: the plugin is asked about requests
+// while they wait. Weir keeps the answers and asks as little as it can, but a
+// plugin that needs this slows down clients; what can be a snapshot should be
+// one.
+type AskServer interface {
+	// Decide says what to do with requests of this kind. An answer that comes
+	// after the deadline, 5 ms by default, counts as none. Calls come side by
+	// side, also for one farm.
+	Decide(context.Context, *DecideRequest) (*DecideResponse, error)
+	mustEmbedUnimplementedAskServer()
+}
+
+// UnimplementedAskServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedAskServer struct{}
+
+func (UnimplementedAskServer) Decide(context.Context, *DecideRequest) (*DecideResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Decide not implemented")
+}
+func (UnimplementedAskServer) mustEmbedUnimplementedAskServer() {}
+func (UnimplementedAskServer) testEmbeddedByValue()             {}
+
+// UnsafeAskServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to AskServer will
+// result in compilation errors.
+type UnsafeAskServer interface {
+	mustEmbedUnimplementedAskServer()
+}
+
+func RegisterAskServer(s grpc.ServiceRegistrar, srv AskServer) {
+	// If the following call panics, it indicates UnimplementedAskServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&Ask_ServiceDesc, srv)
+}
+
+func _Ask_Decide_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DecideRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AskServer).Decide(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Ask_Decide_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AskServer).Decide(ctx, req.(*DecideRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// Ask_ServiceDesc is the grpc.ServiceDesc for Ask service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var Ask_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "weir.policy.v1.Ask",
+	HandlerType: (*AskServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Decide",
+			Handler:    _Ask_Decide_Handler,
+		},
+	},
+	Streams:  []grpc.StreamDesc{},
+	Metadata: "policy.proto",
+}

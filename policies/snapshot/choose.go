@@ -13,6 +13,8 @@ type Scratch struct {
 	host   [maxHost]byte
 	scored [MaxPolicies]uint8 // the policies whose scores count
 	nscore int
+	said   [MaxAsks]*CompiledAnswer // the answers whose scores count
+	nsaid  int
 	list   [MaxServers]uint16
 	sum    [MaxServers]float64
 }
@@ -25,7 +27,8 @@ const fewServers = 32
 // ready, or is turned down for its small weight, before the set is listed.
 const drawTries = 16
 
-// Choose picks the server for a request, or says what to answer instead.
+// Choose picks the server for a request, or says what to answer instead, or
+// which plugin to ask first.
 //
 // The candidates are the servers in state Ready that were not tried. Each
 // policy in the farm's order narrows them or multiplies their weights. Of the
@@ -39,7 +42,16 @@ const drawTries = 16
 // neither allocates nor locks. It takes time in proportion to the servers only
 // where large sets have few ready servers.
 func (s *Selector) Choose(r *Request, live []*Live, tried *Tried, rnd uint64, sc *Scratch) Choice {
-	return s.choose(r, live, tried, rnd, sc, nil)
+	return s.decide(r, live, tried, rnd, sc, nil)
+}
+
+// decide chooses, and then lets the shadows look at it.
+func (s *Selector) decide(r *Request, live []*Live, tried *Tried, rnd uint64, sc *Scratch, rec *recorder) Choice {
+	c := s.choose(r, live, tried, rnd, sc, rec)
+	if s.shadows && c.Kind != ChoiceAsk {
+		s.compare(&c, r, live, rnd, sc, rec)
+	}
+	return c
 }
 
 // choose is Choose with an optional recorder, whose methods do nothing on nil.
@@ -55,9 +67,14 @@ func (s *Selector) choose(r *Request, live []*Live, tried *Tried, rnd uint64, sc
 	// redirects or rejects needs no server.
 	alive := anyReady(cand, live)
 	rec.start(s, live, tried, cand)
-	sc.nscore = 0
+	sc.nscore, sc.nsaid = 0, 0
+	var notes Choice     // Emptied, Mark and Ban so far
+	pinned, pin := -1, 0 // the affinity's server, and whose it is
 	for i := range s.policies {
 		p := &s.policies[i]
+		if p.shadow {
+			continue
+		}
 		if p.pending {
 			rec.pending(p)
 			return Choice{Kind: ChoiceReject, Reason: ReasonRoutesPending, Policy: uint8(i), Status: 503, RetryAfter: RetryAfter}
@@ -87,12 +104,35 @@ func (s *Selector) choose(r *Request, live []*Live, tried *Tried, rnd uint64, sc
 					if c, done := onEmpty(p, i, ReasonRouteEmpty); done {
 						return c
 					}
+					notes.Emptied |= 1 << i
 					copy(cand, sc.saved[:s.words])
 				}
 				rec.left(p, cand, live)
 			}
 		}
-		if (p.eligible == nil && p.scores == nil) || (p.expires != 0 && r.Now >= p.expires) {
+		if p.affinity != nil && pinned < 0 {
+			n, present := p.affinity.server(r)
+			rec.affinity(p, n, present)
+			if n >= 0 {
+				pinned, pin = n, i
+			}
+		}
+		if p.ask != nil {
+			a := r.answer(p.name)
+			if a == nil {
+				return Choice{Kind: ChoiceAsk, Reason: ReasonAsked, Policy: uint8(i)}
+			}
+			if c, done := s.take(p, i, a, sc, live, alive, rec); done {
+				c.Mark, c.Ban = a.mark, a.ban
+				return c
+			}
+			if a.mark != 0 {
+				notes.Mark = a.mark
+			}
+			notes.Ban = max(notes.Ban, a.ban)
+			rec.left(p, cand, live)
+		}
+		if (p.eligible == nil && p.scores == nil && p.budgets == nil) || (p.expires != 0 && r.Now >= p.expires) {
 			rec.expired(p)
 			continue
 		}
@@ -103,6 +143,22 @@ func (s *Selector) choose(r *Request, live []*Live, tried *Tried, rnd uint64, sc
 				if c, done := onEmpty(p, i, ReasonNotEligible); done {
 					return c
 				}
+				notes.Emptied |= 1 << i
+				copy(cand, sc.saved[:s.words])
+			}
+			rec.left(p, cand, live)
+		}
+		if p.budgets != nil {
+			rec.budget(p)
+			if ok, wait := s.narrowBudget(p.budgets, r, live, sc, alive, rec); !ok {
+				rec.emptied(p)
+				switch {
+				case p.onEmpty == OnEmptyReject:
+					return Choice{Kind: ChoiceReject, Reason: ReasonOverBudget, Policy: uint8(i), Status: 503, RetryAfter: RetryAfter}
+				case p.onEmpty == OnEmptyWait, wait && p.onEmpty == OnEmptyDefault:
+					return Choice{Kind: ChoiceWait, Reason: ReasonOverBudget, Policy: uint8(i)}
+				}
+				notes.Emptied |= 1 << i
 				copy(cand, sc.saved[:s.words])
 			}
 			rec.left(p, cand, live)
@@ -117,8 +173,49 @@ func (s *Selector) choose(r *Request, live []*Live, tried *Tried, rnd uint64, sc
 		rec.noServer()
 		return Choice{Kind: ChoiceReject, Reason: ReasonNoServer, Policy: NoPolicy, Status: 503, RetryAfter: RetryAfter}
 	}
+	if pinned >= 0 {
+		if cand[pinned>>6]&(1<<(pinned&63)) != 0 && ready(live[pinned]) {
+			rec.pinned(&s.policies[pin], pinned)
+			notes.Reason, notes.Policy, notes.Server, notes.Candidates = ReasonAffinity, uint8(pin), uint16(pinned), 1
+			return notes
+		}
+		rec.unpinned(&s.policies[pin], pinned)
+		notes.Skipped |= 1 << pin
+	}
 	s.preferPrimary(sc, live, rec)
-	return s.pick(sc, live, rnd, rec)
+	c := s.pick(sc, live, rnd, rec)
+	c.Mark, c.Ban, c.Emptied, c.Skipped = notes.Mark, notes.Ban, notes.Emptied, notes.Skipped
+	return c
+}
+
+// take applies an answer of the plugin: it narrows the candidates, adds scores,
+// or ends the choice.
+func (s *Selector) take(p *policy, index int, a *CompiledAnswer, sc *Scratch, live []*Live, alive bool, rec *recorder) (c Choice, done bool) {
+	rec.answer(p, a)
+	switch {
+	case a.failed && p.fallback == FallbackReject:
+		return Choice{Kind: ChoiceReject, Reason: ReasonUnanswered, Policy: uint8(index), Status: 503, RetryAfter: RetryAfter}, true
+	case a.failed:
+		return Choice{}, false
+	case a.kind == ChoiceReject:
+		return Choice{Kind: ChoiceReject, Reason: ReasonAsked, Policy: uint8(index), Status: a.status, RetryAfter: a.retry}, true
+	case a.kind == ChoiceRedirect:
+		return Choice{Kind: ChoiceRedirect, Reason: ReasonAsked, Policy: uint8(index), Status: a.status, Location: a.location}, true
+	case a.set == nil:
+		return Choice{}, false
+	}
+	if !s.narrow(sc, a.set, live, alive) {
+		rec.emptied(p)
+		if c, done := onEmpty(p, index, ReasonAnswerEmpty); done {
+			return c, true
+		}
+		copy(sc.cand[:s.words], sc.saved[:s.words])
+	}
+	if a.scores != nil && sc.nsaid < len(sc.said) {
+		sc.said[sc.nsaid] = a
+		sc.nsaid++
+	}
+	return Choice{}, false
 }
 
 // narrow intersects the candidates with a set and keeps the old ones in saved.
@@ -209,6 +306,9 @@ func (s *Selector) weight(sc *Scratch, server int) float64 {
 	for _, p := range sc.scored[:sc.nscore] {
 		w *= s.policies[p].scores[server]
 	}
+	for _, a := range sc.said[:sc.nsaid] {
+		w *= a.scores[server]
+	}
 	return w
 }
 
@@ -253,6 +353,9 @@ func (s *Selector) drawOne(sc *Scratch, n int, live []*Live, rnd uint64) (server
 	top := s.maxWeight
 	for _, p := range sc.scored[:sc.nscore] {
 		top *= s.policies[p].maxScore
+	}
+	for _, a := range sc.said[:sc.nsaid] {
+		top *= a.maxScore
 	}
 	var x uint64
 	for range drawTries {

@@ -492,7 +492,7 @@ func TestSnapshotKeep(t *testing.T) {
 		t.Error("a snapshot that fits was copied")
 	}
 	out := in.Keep(func(s string) bool { return s != "s2" })
-	if got := fmt.Sprint(*out.Routes, *out.Eligibility, *out.Scores); got != "{[{  /a/ {[s1] 0 0 0 }} {  /b/ {[] 0 0 0 }}] [s1]} {[]} {[{s1 2}]}" {
+	if got := fmt.Sprint(*out.Routes, *out.Eligibility, *out.Scores); got != "{[{  /a/ [] {[s1] 0 0 0 }} {  /b/ [] {[] 0 0 0 }}] [s1]} {[]} {[{s1 2}]}" {
 		t.Error(got)
 	}
 	if len(in.Routes.Routes[0].Servers) != 2 || in.Routes.Default[0] != "s2" {

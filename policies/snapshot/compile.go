@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 )
 
 // Selector is the compiled form of a farm's servers and policies. It never
@@ -19,6 +20,9 @@ type Selector struct {
 	all       []uint64 // every server
 	backup    []uint64 // the backup servers
 	policies  []policy
+	fields    []string       // wanted of a request, in the order of Request.Fields
+	budgeted  []uint64       // the servers whose bytes count against a budget
+	shadows   bool           // some policy is one
 	byName    map[string]int // for compiling only
 }
 
@@ -29,14 +33,21 @@ type policy struct {
 	onEmpty OnEmpty
 	missing bool // no snapshot yet
 	pending bool // a route policy without routes
+	shadow  bool // decides nothing
 
 	source   *Routes     // what routes was compiled from
 	routes   *routeTable // nil: none
-	expires  int64       // of what follows; 0: never
-	eligible []uint64    // bit set; nil: no word about it
-	reasons  []string    // by server: why not eligible
-	scores   []float64   // by server; nil: none
+	pinned   *Affinity   // what affinity was compiled from
+	affinity *affinityTable
+	expires  int64     // of what follows; 0: never
+	eligible []uint64  // bit set; nil: no word about it
+	reasons  []string  // by server: why not eligible
+	scores   []float64 // by server; nil: none
 	maxScore float64
+	budgets  *budgetTable
+
+	ask      *askRef // nil: the plugin does not want to be asked
+	fallback Fallback
 }
 
 // Error says which word of which plugin does not fit the farm.
@@ -100,13 +111,40 @@ func NewSelector(servers []ServerConfig, policies []Policy) (*Selector, error) {
 
 // With returns a Selector for the same servers with other policies. Routes that
 // s already compiled are taken over, so that a plugin which sends new scores
-// every second does not cost a table of ten thousand routes each time.
+// every second does not cost a table of ten thousand routes each time, and so
+// are the levels of budgets.
 func (s *Selector) With(policies []Policy) (*Selector, error) {
 	c := *s
+	// What was compiled before names fields by their places, so these stay
+	// while there is room.
+	c.fields = slices.Clip(s.fields)
 	if err := c.compile(policies, s.policies); err != nil {
-		return nil, err
+		if len(s.fields) == 0 {
+			return nil, err
+		}
+		c.fields = nil
+		if err := c.compile(policies, nil); err != nil {
+			return nil, err
+		}
 	}
+	c.Adopt(s)
 	return &c, nil
+}
+
+// Adopt takes over the levels of budgets from the Selector that s replaces,
+// which may have had other servers. It must come before s is in use.
+func (s *Selector) Adopt(old *Selector) {
+	for i := range s.policies {
+		p := &s.policies[i]
+		if p.budgets == nil || old == nil {
+			continue
+		}
+		for j := range old.policies {
+			if old.policies[j].name == p.name {
+				p.budgets.adopt(old.policies[j].budgets)
+			}
+		}
+	}
 }
 
 // Servers returns the farm's servers by number. The caller must not change them.
@@ -117,7 +155,7 @@ func (s *Selector) Servers() []ServerConfig { return s.servers }
 func (s *Selector) Missing() []string {
 	var names []string
 	for i := range s.policies {
-		if s.policies[i].missing || s.policies[i].pending {
+		if p := &s.policies[i]; !p.shadow && (p.missing || p.pending) {
 			names = append(names, s.policies[i].name)
 		}
 	}
@@ -129,20 +167,55 @@ func (s *Selector) compile(policies []Policy, before []policy) error {
 		return fmt.Errorf("a farm has at most %d policies, this one has %d", MaxPolicies, len(policies))
 	}
 	s.policies = make([]policy, len(policies))
+	s.shadows = false
+	s.budgeted = nil
 	var errs []error
+	asks := 0
 	for i := range policies {
 		if err := s.compilePolicy(&s.policies[i], &policies[i], before); err != nil {
 			errs = append(errs, err)
 		}
+		p := &s.policies[i]
+		s.shadows = s.shadows || p.shadow
+		if p.ask != nil {
+			if asks++; asks > MaxAsks {
+				errs = append(errs, &Error{Plugin: p.name, Msg: fmt.Sprintf("is one of more than %d that want to be asked", MaxAsks)})
+			}
+		}
+		s.countBudgets(p.budgets)
 	}
 	return errors.Join(errs...)
 }
 
+// countBudgets notes which servers have a budget.
+func (s *Selector) countBudgets(t *budgetTable) {
+	if t == nil {
+		return
+	}
+	if s.budgeted == nil {
+		s.budgeted = make([]uint64, s.words)
+	}
+	for _, n := range t.index {
+		setBit(s.budgeted, int(n))
+	}
+	if t.farm != nil {
+		copy(s.budgeted, s.all)
+	}
+}
+
 func (s *Selector) compilePolicy(out *policy, in *Policy, before []policy) error {
 	out.name, out.onEmpty = in.Name, in.OnEmpty
+	out.shadow, out.fallback = in.Shadow, in.Fallback
 	snap := in.Snapshot
 	out.missing = snap == nil
 	out.pending = in.RoutePolicy && (snap == nil || snap.Routes == nil)
+	// A shadow is compared and never waited for, so it is not asked.
+	if in.Ask != nil && !in.Shadow {
+		var err error
+		if out.ask, err = s.compileAsk(in.Name, in.Ask); err != nil {
+			return err
+		}
+	}
 	if snap == nil {
 		return nil
 	}
@@ -161,6 +234,28 @@ func (s *Selector) compilePolicy(out *policy, in *Policy, before []policy) error
 			}
 			out.routes = t
 		}
+	}
+	if snap.Affinity != nil {
+		out.pinned = snap.Affinity
+		for i := range before {
+			if before[i].pinned == snap.Affinity {
+				out.affinity = before[i].affinity
+			}
+		}
+		if out.affinity == nil {
+			t, err := s.compileAffinity(in.Name, snap.Affinity)
+			if err != nil {
+				return err
+			}
+			out.affinity = t
+		}
+	}
+	if snap.Budgets != nil {
+		t, err := s.compileBudgets(in.Name, snap.Budgets)
+		if err != nil {
+			return err
+		}
+		out.budgets = t
 	}
 	if snap.Eligibility != nil {
 		out.eligible = append([]uint64(nil), s.all...)
@@ -239,6 +334,37 @@ func (s *Snapshot) Keep(known func(server string) bool) *Snapshot {
 		}
 		if len(e.Servers) != len(s.Eligibility.Servers) {
 			changed, c.Eligibility = true, e
+		}
+	}
+	if a := s.Affinity; a != nil {
+		n := *a
+		n.Table = nil
+		for _, p := range a.Table {
+			if known(p.Server) {
+				n.Table = append(n.Table, p)
+			}
+		}
+		before := changed
+		changed = len(n.Table) != len(a.Table)
+		n.Servers = names(a.Servers)
+		if len(a.Servers) > 0 && len(n.Servers) == 0 {
+			n.Hash = false // an empty list would stand for all
+		}
+		if changed {
+			c.Affinity = &n
+		}
+		changed = changed || before
+	}
+	if b := s.Budgets; b != nil {
+		n := *b
+		n.Servers = nil
+		for _, v := range b.Servers {
+			if known(v.Server) {
+				n.Servers = append(n.Servers, v)
+			}
+		}
+		if len(n.Servers) != len(b.Servers) {
+			changed, c.Budgets = true, &n
 		}
 	}
 	if s.Scores != nil {

@@ -21,7 +21,7 @@ type Step struct {
 // is not for the packet path.
 func (s *Selector) Explain(r *Request, live []*Live, tried *Tried, rnd uint64) []Step {
 	rec := &recorder{}
-	c := s.choose(r, live, tried, rnd, new(Scratch), rec)
+	c := s.decide(r, live, tried, rnd, new(Scratch), rec)
 	text := ""
 	switch c.Kind {
 	case ChoiceServer:
@@ -35,6 +35,8 @@ func (s *Selector) Explain(r *Request, live []*Live, tried *Tried, rnd uint64) [
 		text = fmt.Sprintf("redirect %d to %s", c.Status, c.Location)
 	case ChoiceWait:
 		text = "wait and ask again"
+	case ChoiceAsk:
+		text = "ask the plugin, then go on with its answer"
 	}
 	name := ""
 	if c.Policy != NoPolicy {
@@ -120,7 +122,7 @@ func (c *recorder) expired(p *policy) {
 	switch {
 	case p.missing:
 		c.add(p.name, "has not sent a snapshot yet: skipped")
-	case p.eligible != nil || p.scores != nil:
+	case p.eligible != nil || p.scores != nil || p.budgets != nil:
 		c.add(p.name, fmt.Sprintf("generation %d has expired: skipped", p.gen))
 	}
 }
@@ -157,6 +159,67 @@ func (c *recorder) scores(p *policy, cand []uint64) {
 		}
 	}
 	c.add(p.name, "scores"+enumerate(": ", out))
+}
+
+func (c *recorder) affinity(p *policy, server int, present bool) {
+	switch {
+	case c == nil:
+	case server >= 0:
+		c.add(p.name, fmt.Sprintf("%s belongs to server %s", p.affinity.name, c.s.servers[server].Name))
+	case present:
+		c.add(p.name, fmt.Sprintf("%s belongs to no server", p.affinity.name))
+	default:
+		c.add(p.name, fmt.Sprintf("the request has no %s", p.affinity.name))
+	}
+}
+
+func (c *recorder) pinned(p *policy, server int) {
+	if c != nil {
+		c.add(p.name, fmt.Sprintf("server %s is a candidate: taken", c.s.servers[server].Name))
+	}
+}
+
+func (c *recorder) unpinned(p *policy, server int) {
+	if c != nil {
+		c.add(p.name, fmt.Sprintf("server %s is no candidate: the affinity is skipped", c.s.servers[server].Name))
+	}
+}
+
+func (c *recorder) answer(p *policy, a *CompiledAnswer) {
+	switch {
+	case c == nil:
+	case a.failed:
+		c.add(p.name, "has not answered in time")
+	default:
+		c.add(p.name, "answers: "+a.text)
+	}
+}
+
+func (c *recorder) budget(p *policy) {
+	if c != nil {
+		n := len(p.budgets.servers)
+		if p.budgets.farm != nil {
+			n++
+		}
+		c.add(p.name, fmt.Sprintf("budgets: %d", n))
+	}
+}
+
+func (c *recorder) debt(who string, level float64, b *bucket) {
+	if c != nil {
+		c.steps[len(c.steps)-1].Text += fmt.Sprintf("; %s is %.0f bytes in debt (%s)", who, -level, b.atCap)
+	}
+}
+
+func (c *recorder) shadow(p *policy, agrees bool) {
+	if c == nil {
+		return
+	}
+	text := "shadow: would have decided otherwise"
+	if agrees {
+		text = "shadow: agrees"
+	}
+	c.add(p.name, text)
 }
 
 func (c *recorder) noServer() {

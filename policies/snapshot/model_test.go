@@ -28,14 +28,21 @@ func modelHost(h string) string {
 }
 
 // route returns the target for a request, nil if there is none.
-func (m *model) route(rs *Routes, host, path string) *Target {
+func (m *model) route(rs *Routes, host, path string, fields map[string]string) *Target {
 	host = modelHost(host)
 	path, _, _ = strings.Cut(path, "?")
 	var best *Route
-	var bestRank [3]int
+	var bestRank [4]int
+routes:
 	for i := range rs.Routes {
 		r := &rs.Routes[i]
-		var rank [3]int
+		var rank [4]int
+		for _, f := range r.Fields {
+			if v, ok := fields[f.Field.String()]; !ok || f.Value != "" && f.Value != v {
+				continue routes
+			}
+			rank[3]++
+		}
 		switch want := modelHost(r.Host); {
 		case want == "":
 		case strings.HasPrefix(want, "*."):
@@ -75,8 +82,9 @@ func (m *model) route(rs *Routes, host, path string) *Target {
 
 // candidates returns the outcome in one word if no server is to be drawn, else
 // the servers that may be, with their weights.
-func (m *model) candidates(r *Request, live []*Live, tried *Tried) (string, map[string]float64) {
+func (m *model) candidates(r *Request, fields map[string]string, live []*Live, tried *Tried) (string, map[string]float64) {
 	c := map[string]float64{}
+	pinned := ""
 	for i, s := range m.servers {
 		if State(live[i].State.Load()) == Ready && !tried.Has(i) {
 			c[s.Name] = float64(s.Weight)
@@ -104,6 +112,9 @@ func (m *model) candidates(r *Request, live []*Live, tried *Tried) (string, map[
 	}
 	for i := range m.policies {
 		p := &m.policies[i]
+		if p.Shadow {
+			continue
+		}
 		if p.RoutePolicy && (p.Snapshot == nil || p.Snapshot.Routes == nil) {
 			return "503", nil
 		}
@@ -111,7 +122,7 @@ func (m *model) candidates(r *Request, live []*Live, tried *Tried) (string, map[
 			continue
 		}
 		if rs := p.Snapshot.Routes; rs != nil {
-			t := m.route(rs, string(r.Host), string(r.Path))
+			t := m.route(rs, string(r.Host), string(r.Path), fields)
 			switch {
 			case t == nil && p.OnEmpty == OnEmptyWait:
 				return "wait", nil
@@ -128,6 +139,14 @@ func (m *model) candidates(r *Request, live []*Live, tried *Tried) (string, map[
 				}
 			}
 		}
+		if a := p.Snapshot.Affinity; a != nil && pinned == "" {
+			v, ok := fields[a.Key.Field.String()]
+			for _, pin := range a.Table {
+				if ok && pin.Value == v {
+					pinned = pin.Server
+				}
+			}
+		}
 		if p.Snapshot.Expires != 0 && r.Now >= p.Snapshot.Expires {
 			continue
 		}
@@ -135,6 +154,34 @@ func (m *model) candidates(r *Request, live []*Live, tried *Tried) (string, map[
 			if out := narrow(p, func(s string) bool {
 				return !slices.ContainsFunc(e.Servers, func(v Eligible) bool { return v.Server == s && !v.Eligible })
 			}); out != "" {
+				return out, nil
+			}
+		}
+		if b := p.Snapshot.Budgets; b != nil {
+			wait := false
+			debt := func(name string) (in bool) {
+				for _, v := range b.Servers {
+					for i := range m.servers {
+						// Nothing is earned back within a test, so the burst is all.
+						if v.Server == name && m.servers[i].Name == name && float64(live[i].Spent.Load()) > v.Burst {
+							in = v.AtCap != AtCapIgnore
+							wait = wait || v.AtCap == AtCapWait
+						}
+					}
+				}
+				return in
+			}
+			for s := range c {
+				debt(s) // whether to wait depends on all
+			}
+			q := *p
+			if q.OnEmpty == OnEmptyDefault {
+				q.OnEmpty = OnEmptyIgnore
+				if wait {
+					q.OnEmpty = OnEmptyWait
+				}
+			}
+			if out := narrow(&q, func(s string) bool { return !debt(s) }); out != "" {
 				return out, nil
 			}
 		}
@@ -148,6 +195,9 @@ func (m *model) candidates(r *Request, live []*Live, tried *Tried) (string, map[
 	}
 	if len(c) == 0 {
 		return "503", nil
+	}
+	if w, ok := c[pinned]; ok {
+		return "", map[string]float64{pinned: w}
 	}
 	primary := map[string]float64{}
 	for _, s := range m.servers {
@@ -176,7 +226,7 @@ func randomFarm(rnd *rand.Rand) ([]ServerConfig, []Policy) {
 	}
 	var policies []Policy
 	for i := range rnd.IntN(4) {
-		p := Policy{Name: fmt.Sprint("p", i), OnEmpty: OnEmpty(rnd.IntN(4)), RoutePolicy: rnd.IntN(20) == 0}
+		p := Policy{Name: fmt.Sprint("p", i), OnEmpty: OnEmpty(rnd.IntN(4)), RoutePolicy: rnd.IntN(20) == 0, Shadow: rnd.IntN(10) == 0}
 		if rnd.IntN(10) > 0 {
 			p.Snapshot = &Snapshot{Expires: int64(rnd.IntN(3)) * 10}
 			if rnd.IntN(2) == 0 {
@@ -187,6 +237,21 @@ func randomFarm(rnd *rand.Rand) ([]ServerConfig, []Policy) {
 				for _, s := range servers {
 					if k := rnd.IntN(4); k < 2 {
 						p.Snapshot.Eligibility.Servers = append(p.Snapshot.Eligibility.Servers, Eligible{Server: s.Name, Eligible: k == 0})
+					}
+				}
+			}
+			if rnd.IntN(4) == 0 {
+				p.Snapshot.Affinity = &Affinity{
+					Key:   AffinityKey{Field: modelFields[rnd.IntN(len(modelFields))]},
+					Table: []Pin{{"a", some()[0]}, {"b", some()[0]}},
+				}
+			}
+			if rnd.IntN(4) == 0 {
+				p.Snapshot.Budgets = &Budgets{}
+				for _, s := range servers {
+					if rnd.IntN(2) == 0 {
+						b := Budget{Server: s.Name, Rate: 1e-9, Burst: float64(1 + rnd.IntN(3)), AtCap: AtCap(rnd.IntN(3))}
+						p.Snapshot.Budgets.Servers = append(p.Snapshot.Budgets.Servers, b)
 					}
 				}
 			}
@@ -214,6 +279,8 @@ func randomPath(rnd *rand.Rand) string {
 
 var modelHosts = []string{"", "a.x", "*.x", "*.b.x", "b.x", "A.b.x", "c.b.x."}
 
+var modelFields = []Field{{Name: "X-Tenant"}, {Name: "beta", Cookie: true}, {Name: "session", Cookie: true}}
+
 func randomRoutes(rnd *rand.Rand, some func() []string) *Routes {
 	rs := &Routes{}
 	seen := map[string]bool{}
@@ -224,7 +291,14 @@ func randomRoutes(rnd *rand.Rand, some func() []string) *Routes {
 		} else {
 			r.Prefix = p
 		}
-		if id := fmt.Sprint(modelHost(r.Host), " ", r.Path, " ", r.Prefix); seen[id] {
+		for i, f := range modelFields {
+			if rnd.IntN(5) == 0 {
+				r.Fields = append(r.Fields, FieldMatch{f, []string{"", "a", "b"}[rnd.IntN(3)]})
+			} else if i == 0 && rnd.IntN(2) == 0 {
+				break
+			}
+		}
+		if id := fmt.Sprint(modelHost(r.Host), " ", r.Path, " ", r.Prefix, r.Fields); seen[id] {
 			continue
 		} else {
 			seen[id] = true
@@ -254,6 +328,13 @@ func TestChooseAgainstModel(t *testing.T) {
 		m := &model{servers, policies}
 		s := mustSelector(t, servers, policies...)
 		live := lives(len(servers))
+		for i := range s.policies {
+			if t := s.policies[i].budgets; t != nil {
+				for j := range t.servers {
+					t.servers[j].level(1, 0) // a bucket begins with the first look
+				}
+			}
+		}
 		for range 20 {
 			var tried Tried
 			bad := rnd.IntN(5)
@@ -263,6 +344,9 @@ func TestChooseAgainstModel(t *testing.T) {
 					live[i].State.Store(uint32(rnd.IntN(4)))
 				}
 				live[i].Active.Store(int32(rnd.IntN(4)))
+				// Budgets keep their levels between choices, so what was spent
+				// must not go back.
+				live[i].Spent.Add(int64(rnd.IntN(2)))
 				if rnd.IntN(6) == 0 {
 					tried.Set(i)
 				}
@@ -272,7 +356,29 @@ func TestChooseAgainstModel(t *testing.T) {
 				Path: []byte(randomPath(rnd) + []string{"", "?q=/a"}[rnd.IntN(2)]),
 				Now:  int64(rnd.IntN(30)),
 			}
-			want, cand := m.candidates(r, live, &tried)
+			fields := map[string]string{}
+			var cookies []string
+			for _, f := range modelFields {
+				if rnd.IntN(2) == 0 {
+					continue
+				}
+				v := []string{"a", "b", "c"}[rnd.IntN(3)]
+				fields[f.String()] = v
+				if f.Cookie {
+					cookies = append(cookies, f.Name+"="+v)
+				}
+			}
+			for _, name := range s.Fields() {
+				switch v, ok := fields[name]; {
+				case ok:
+					r.Fields = append(r.Fields, []byte(v))
+				case name == "cookie" && len(cookies) > 0:
+					r.Fields = append(r.Fields, []byte("other=a; "+strings.Join(cookies, "; ")))
+				default:
+					r.Fields = append(r.Fields, nil)
+				}
+			}
+			want, cand := m.candidates(r, fields, live, &tried)
 			seed := rnd.Uint64()
 			c := s.Choose(r, live, &tried, seed, &sc)
 			got := outcome(s, c)
@@ -283,7 +389,7 @@ func TestChooseAgainstModel(t *testing.T) {
 			} else if _, ok := cand[got]; !ok {
 				t.Fatalf("host %q path %q: %s, the model draws from %v", r.Host, r.Path, got, cand)
 			}
-			if want == "" && len(cand) <= fewServers {
+			if want == "" && len(cand) <= fewServers && c.Reason == ReasonPicked {
 				if int(c.Candidates) != len(cand) && count(sc.cand[:s.words]) <= fewServers {
 					t.Fatalf("%d candidates, the model has %d", c.Candidates, len(cand))
 				}

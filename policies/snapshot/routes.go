@@ -34,6 +34,52 @@ type routeTable struct {
 	words   int
 	deflt   int32 // target for what no route matches, or -1
 	wild    bool  // there are wildcard hosts
+
+	// Where routes of one host and path ask for fields, the path's value is
+	// conditional and an index of groups.
+	groups  []group
+	alts    []alternative
+	matches []match
+}
+
+// conditional marks a value of routeTable.paths that is an index of groups.
+const conditional = 1 << 31
+
+// group are the routes of one host and path: alternatives, those that ask for
+// most first, and the one that asks for nothing.
+type group struct {
+	first, n int   // in alts
+	deflt    int32 // target, or -1
+}
+
+type alternative struct {
+	first, n int // in matches; all have to match
+	target   int32
+}
+
+type match struct {
+	field fieldRef
+	value string // "": any, but it has to be there
+}
+
+// resolve returns the target that a value of paths stands for, -1 for none.
+func (t *routeTable) resolve(v uint32, r *Request) int32 {
+	if v&conditional == 0 {
+		return int32(v)
+	}
+	g := &t.groups[v&^conditional]
+alternatives:
+	for i := range t.alts[g.first : g.first+g.n] {
+		a := &t.alts[g.first+i]
+		for j := range t.matches[a.first : a.first+a.n] {
+			m := &t.matches[a.first+j]
+			if got := m.field.value(r); got == nil || m.value != "" && string(got) != m.value {
+				continue alternatives
+			}
+		}
+		return a.target
+	}
+	return g.deflt
 }
 
 // level is what is known about the paths below one host.
@@ -168,10 +214,17 @@ func (r *Route) String() string {
 	if path == "" {
 		path = r.Prefix
 	}
-	if s := r.Host + path; s != "" {
-		return s
+	s := r.Host + path
+	if s == "" {
+		s = "*"
 	}
-	return "*"
+	for _, f := range r.Fields {
+		s += " " + f.Field.String()
+		if f.Value != "" {
+			s += "=" + f.Value
+		}
+	}
+	return s
 }
 
 type sliceID struct {
@@ -185,6 +238,9 @@ func (s *Selector) compileRoutes(plugin string, in *Routes) (*routeTable, error)
 	seen := map[string]bool{}
 	sets := map[string]int{}
 	shared := map[sliceID]int{}
+	places := map[string]int{}
+	var branches []branch
+	var asks [][]FieldMatch // of targets
 	fail := func(r *Route, server, format string, args ...any) error {
 		e := &Error{Plugin: plugin, Route: "default", Server: server, Msg: fmt.Sprintf(format, args...)}
 		if r != nil {
@@ -253,7 +309,8 @@ func (s *Selector) compileRoutes(plugin string, in *Routes) (*routeTable, error)
 				t.hosts.add(hashEnd(h, hk), hk, 0, name, lv)
 			}
 		}
-		id := fmt.Sprintf("%d %d %s", lv, kind, path)
+		place := fmt.Sprintf("%d %d %s", lv, kind, path)
+		id := place + " " + fieldsID(r.Fields)
 		if seen[id] {
 			return nil, fail(r, "", "is there twice")
 		}
@@ -281,7 +338,14 @@ func (s *Selector) compileRoutes(plugin string, in *Routes) (*routeTable, error)
 		for j := range len(path) {
 			h = hashStep(h, path[j])
 		}
-		t.paths.add(hashEnd(h, kind), kind, lv, path, uint32(len(t.targets)))
+		at, ok := places[place]
+		if !ok {
+			at = len(branches)
+			places[place] = at
+			branches = append(branches, branch{hash: hashEnd(h, kind), kind: kind, level: lv, path: path})
+		}
+		branches[at].routes = append(branches[at].routes, len(t.targets))
+		asks = append(asks, r.Fields)
 		t.targets = append(t.targets, tg)
 		l := &t.levels[lv]
 		l.longest = max(l.longest, len(path))
@@ -298,9 +362,64 @@ func (s *Selector) compileRoutes(plugin string, in *Routes) (*routeTable, error)
 		t.deflt = int32(len(t.targets))
 		t.targets = append(t.targets, target{kind: ChoiceServer, set: at, name: "default"})
 	}
+	for i := range branches {
+		b := &branches[i]
+		v := uint32(b.routes[0])
+		if len(b.routes) > 1 || len(asks[v]) > 0 {
+			var err error
+			if v, err = s.addGroup(t, b.routes, asks); err != nil {
+				return nil, fail(&in.Routes[b.routes[0]], "", "%v", err)
+			}
+		}
+		t.paths.add(b.hash, b.kind, b.level, b.path, v)
+	}
 	t.hosts.build()
 	t.paths.build()
 	return t, nil
+}
+
+// branch are the routes of one host and path while a table is made.
+type branch struct {
+	hash   uint64
+	kind   uint8
+	level  uint32
+	path   string
+	routes []int // indexes of targets
+}
+
+// addGroup makes the group of some routes and returns the value that names it.
+func (s *Selector) addGroup(t *routeTable, routes []int, asks [][]FieldMatch) (uint32, error) {
+	sorted := slices.Clone(routes)
+	slices.SortStableFunc(sorted, func(a, b int) int { return len(asks[b]) - len(asks[a]) })
+	g := group{first: len(t.alts), deflt: -1}
+	for _, i := range sorted {
+		if len(asks[i]) == 0 {
+			g.deflt = int32(i)
+			continue
+		}
+		a := alternative{first: len(t.matches), n: len(asks[i]), target: int32(i)}
+		for _, f := range asks[i] {
+			ref, err := s.want(f.Field)
+			if err != nil {
+				return 0, err
+			}
+			t.matches = append(t.matches, match{ref, f.Value})
+		}
+		t.alts = append(t.alts, a)
+		g.n++
+	}
+	t.groups = append(t.groups, g)
+	return uint32(len(t.groups)-1) | conditional, nil
+}
+
+// fieldsID is equal for two lists of matches that ask for the same.
+func fieldsID(in []FieldMatch) string {
+	ids := make([]string, 0, len(in))
+	for _, f := range in {
+		ids = append(ids, fmt.Sprintf("%s %q", f.Field, f.Value))
+	}
+	slices.Sort(ids)
+	return strings.Join(ids, " ")
 }
 
 // routeHost returns the key of a route's host: the normalised name, or the
@@ -379,12 +498,12 @@ func (t *routeTable) find(r *Request, sc *Scratch) int32 {
 	if len(t.hosts.entries) > 0 {
 		n := t.hostLevels(NormalHost(sc.host[:], r.Host), &sc.levels)
 		for n--; n >= 0; n-- { // the host that says most was found last
-			if v := t.findPath(sc.levels[n], path); v >= 0 {
+			if v := t.findPath(sc.levels[n], path, r); v >= 0 {
 				return v
 			}
 		}
 	}
-	if v := t.findPath(0, path); v >= 0 {
+	if v := t.findPath(0, path, r); v >= 0 {
 		return v
 	}
 	return t.deflt
@@ -413,7 +532,7 @@ func (t *routeTable) hostLevels(name []byte, out *[maxLevels]uint32) int {
 
 // findPath returns the target of the exact path or else of the longest prefix
 // below one host, or -1.
-func (t *routeTable) findPath(lv uint32, path []byte) int32 {
+func (t *routeTable) findPath(lv uint32, path []byte, r *Request) int32 {
 	l := &t.levels[lv]
 	n := min(len(path), l.longest)
 	best := int32(-1)
@@ -424,7 +543,9 @@ func (t *routeTable) findPath(lv uint32, path []byte) int32 {
 		if i == 0 || i == len(path) || path[i] == '/' || path[i-1] == '/' {
 			if l.has(i) {
 				if v, ok := t.paths.find(hashEnd(h, keyPrefix), keyPrefix, lv, path[:i]); ok {
-					best = int32(v)
+					if v := t.resolve(v, r); v >= 0 {
+						best = v
+					}
 				}
 			}
 		}
@@ -435,7 +556,9 @@ func (t *routeTable) findPath(lv uint32, path []byte) int32 {
 	}
 	if n == len(path) {
 		if v, ok := t.paths.find(hashEnd(h, keyExact), keyExact, lv, path); ok {
-			return int32(v)
+			if v := t.resolve(v, r); v >= 0 {
+				return v
+			}
 		}
 	}
 	return best

@@ -64,8 +64,31 @@ type Live struct {
 	Active  atomic.Int32  // connections that carry a request now
 	Waiting atomic.Int32  // requests that wait for a connection to this server
 	Idle    atomic.Int32  // open connections that carry none
-	State   atomic.Uint32 // a State
-	_       [48]byte
+	State   atomic.Uint32 // a State, which an operator gave it
+
+	// AvoidUntil is until when some policy finds the server not eligible, in
+	// nanoseconds since 1970; 0 is not at all. Choose does not look at it: it
+	// has the policies themselves. It tells those who keep connections open
+	// that nobody will use them.
+	AvoidUntil atomic.Int64
+
+	// Spent are the payload bytes, both ways, that count against budgets.
+	// Bytes that are certain to come are counted when that is known.
+	Spent atomic.Int64
+	_     [32]byte
+}
+
+// Usable reports whether an idle connection to the server may be of use: it is
+// ready, and no policy keeps requests away from it.
+func (l *Live) Usable(now int64) bool {
+	return State(l.State.Load()) == Ready && now >= l.AvoidUntil.Load()
+}
+
+// FarmLive are the counters of a whole farm that choices look at, as Live has
+// them for a server.
+type FarmLive struct {
+	Spent atomic.Int64 // as in Live, over all servers
+	_     [56]byte
 }
 
 // ServerConfig is one server of a farm. Its place in the slice given to
@@ -120,12 +143,15 @@ type Snapshot struct {
 	Generation uint64 // counts up whenever the plugin says something new
 
 	Routes      *Routes
+	Affinity    *Affinity
 	Eligibility *Eligibility
+	Budgets     *Budgets
 	Scores      *Scores
 
-	// Expires is when Eligibility and Scores stop to hold, in nanoseconds
-	// since 1970 (time.Time.UnixNano); 0 is never. Routes hold for ever: they
-	// are configuration, and a plugin that died has not taken them back.
+	// Expires is when Eligibility, Budgets and Scores stop to hold, in
+	// nanoseconds since 1970 (time.Time.UnixNano); 0 is never. Routes and
+	// Affinity hold for ever: they are configuration, and a plugin that died
+	// has not taken them back.
 	Expires int64
 }
 
@@ -140,11 +166,23 @@ type Routes struct {
 
 // Route is one line of Routes: where Host and Path or Prefix match, Target
 // holds. A route with neither Path nor Prefix matches every path.
+//
+// Routes for the same host and path may differ in what fields they ask for. Of
+// those whose fields all match, the one that asks for most holds, of equals the
+// first in the list; where none matches, the next shorter prefix is asked.
 type Route struct {
-	Host   string // "" or "*": any; "*.example.org": every name below; without port
-	Path   string // the whole path, before any '?'
-	Prefix string // the path's beginning, ending at a '/' or at the path's end
+	Host   string       // "" or "*": any; "*.example.org": every name below; without port
+	Path   string       // the whole path, before any '?'
+	Prefix string       // the path's beginning, ending at a '/' or at the path's end
+	Fields []FieldMatch // all have to match
 	Target
+}
+
+// FieldMatch asks for the value of a header field or cookie, byte by byte. Of
+// a field that is there several times, the first counts.
+type FieldMatch struct {
+	Field Field
+	Value string // "": any, but it has to be there
 }
 
 // Target is what a route does: exactly one of Servers, Reject and Redirect.
@@ -195,6 +233,16 @@ type Policy struct {
 	// RoutePolicy says that the plugin sends routes. Until they are there
 	// requests get 503: without them any server might be the wrong one.
 	RoutePolicy bool
+
+	// Shadow says that the policy decides nothing: it is only compared with
+	// what was decided.
+	Shadow bool
+
+	// Ask says that the plugin wants to be asked about requests, and for what
+	// it wants to know of them; nil: it does not. Fallback is what to do when
+	// there is no answer in time.
+	Ask      *AskKey
+	Fallback Fallback
 }
 
 // Request is what Choose looks at. The slices are only read, and not kept.
@@ -204,6 +252,18 @@ type Request struct {
 	Path   []byte   // the raw target from its first '/' on; a query may follow
 	Client [16]byte // the client's address, IPv4 in its mapped form
 	Now    int64    // nanoseconds since 1970, to compare with Snapshot.Expires
+
+	// Fields are the values of the fields that Selector.Fields names, in its
+	// order, nil where the request has none. A shorter slice is as good as one
+	// filled up with nil.
+	Fields [][]byte
+
+	// Farm are the counters of the whole farm; nil: budgets of the farm are
+	// not looked at.
+	Farm *FarmLive
+
+	// Answers are what plugins answered about this request so far.
+	Answers []Answered
 }
 
 // Tried are the servers that a request already was at.
@@ -227,6 +287,7 @@ const (
 	ChoiceReject                     // answer Choice.Status
 	ChoiceRedirect                   // answer Choice.Status with Choice.Location
 	ChoiceWait                       // hold it and ask again
+	ChoiceAsk                        // ask the policy Choice.Policy about it, then choose again with its answer
 )
 
 // String names the kind.
@@ -240,6 +301,8 @@ func (k ChoiceKind) String() string {
 		return "redirect"
 	case ChoiceWait:
 		return "wait"
+	case ChoiceAsk:
+		return "ask"
 	}
 	return fmt.Sprintf("choice(%d)", uint8(k))
 }
@@ -258,12 +321,18 @@ const (
 	ReasonRoutesPending               // the route policy has not sent its routes yet
 	ReasonRouteEmpty                  // no server of the route is left
 	ReasonNotEligible                 // no candidate is eligible
+	ReasonAffinity                    // the affinity's server was taken
+	ReasonOverBudget                  // every candidate is in debt
+	ReasonAsked                       // the plugin's answer rejects, redirects, or is to be waited for
+	ReasonAnswerEmpty                 // no server of the answer is left
+	ReasonUnanswered                  // no answer came in time
 	NumReasons
 )
 
 var reasonNames = [NumReasons]string{
 	"picked", "no_server", "no_route", "route_reject", "route_redirect",
-	"routes_pending", "route_empty", "not_eligible",
+	"routes_pending", "route_empty", "not_eligible", "affinity", "over_budget",
+	"asked", "answer_empty", "unanswered",
 }
 
 // String returns the reason's name in metrics and logs.
@@ -289,6 +358,15 @@ type Choice struct {
 	Status     uint16 // with ChoiceReject and ChoiceRedirect
 	RetryAfter uint32 // seconds, with ChoiceReject; 0: no such field
 	Location   string // with ChoiceRedirect; owned by the Selector
+
+	Mark uint32 // for the connection, from an answer; 0: none
+	Ban  uint32 // seconds for which the client is to be kept away, from an answer; 0: not at all
+
+	// What else happened, one bit per policy by its index.
+	Emptied   uint32 // left no candidate, and was ignored
+	Skipped   uint32 // its affinity's server was no candidate
+	Compared  uint32 // a shadow that had an opinion
+	Disagreed uint32 // of those, the ones that would have decided otherwise
 
 	// Candidates is how many servers the draw was among. The states of a
 	// large set are looked at only as far as the draw needs them, so that
