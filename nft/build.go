@@ -57,10 +57,6 @@ const (
 
 // Errors of Build; match with errors.Is.
 var (
-	// ErrNotSupported: the parameters ask for something that this version
-	// cannot do.
-	ErrNotSupported = errors.New("not supported")
-
 	// ErrNoQueue: the kernel can neither queue natively nor through the
 	// NFQUEUE target.
 	ErrNoQueue = errors.New("the kernel has no way to queue packets to a program")
@@ -71,9 +67,6 @@ var (
 func Build(p Params, k Kernel) (*Ruleset, error) {
 	if err := p.Validate(); err != nil {
 		return nil, err
-	}
-	if p.InspectAll {
-		return nil, fmt.Errorf("nft: firewall.inspect: all: %w by this version; use inspect: syn", ErrNotSupported)
 	}
 	if !k.NativeQueue && !k.CompatQueue {
 		return nil, fmt.Errorf("nft: %w: load the module nft_queue, or nft_compat and xt_NFQUEUE", ErrNoQueue)
@@ -227,12 +220,10 @@ func (b *builder) divert() {
 	}
 	for _, f := range families {
 		// A plain SYN first has to pass the administrator's own rules, and
-		// comes to syn_local or syn_routed.
-		shard := b.queue(b.p.ShardQueue(0))
-		if b.p.Shards > 1 {
-			shard = f.clientShard(b.p.Shards)
+		// comes to syn_local or syn_routed; with inspect: all so does the rest.
+		if !b.p.InspectAll {
+			c.Rules = append(c.Rules, b.fromClient(f))
 		}
-		c.Rules = append(c.Rules, b.rule(f.concatIn(true, setVIPs+f.suffix), plainSYN(false), b.count(CounterClient), shard))
 	}
 	for _, f := range families {
 		shard := b.queue(b.p.ShardQueue(0))
@@ -242,6 +233,15 @@ func (b *builder) divert() {
 		c.Rules = append(c.Rules, b.rule(append(b.fromServer(f), b.count(CounterServer), shard)...))
 	}
 	b.chain(c)
+}
+
+// fromClient sends a client's packet to its shard.
+func (b *builder) fromClient(f *ipFamily) Rule {
+	shard := b.queue(b.p.ShardQueue(0))
+	if b.p.Shards > 1 {
+		shard = f.clientShard(b.p.Shards)
+	}
+	return b.rule(f.concatIn(true, setVIPs+f.suffix), plainSYN(false), b.count(CounterClient), shard)
 }
 
 // divertICMP sends errors about diverted flows to the control queue, on lo
@@ -271,6 +271,14 @@ func (b *builder) untrack() {
 	} {
 		c.Priority = priorityUntrack
 		c.Rules = []Rule{b.rule(b.ours(), b.count(CounterUntracked), notrack())}
+		if b.p.InspectAll {
+			// The existing rules see a running connection's packets, of which
+			// conntrack knows one direction only: it would call them new, or
+			// invalid. From the router itself they come by output.
+			for _, f := range families {
+				c.Rules = append(c.Rules, b.rule(f.concatIn(true, setVIPs+f.suffix), plainSYN(false), notrack()))
+			}
+		}
 		b.chain(c)
 	}
 }
@@ -282,8 +290,15 @@ func (b *builder) syn() {
 		{Name: "syn_routed", Hook: "forward", Comment: "or routed through it."},
 	} {
 		c.Priority = prioritySYN
+		// Where a server is its own VIP, what goes to it is the engine's.
+		c.Rules = []Rule{b.rule(b.ours(), returns())}
 		for _, f := range families {
 			c.Rules = append(c.Rules, b.rule(f.concatIn(true, setVIPs+f.suffix), plainSYN(true), b.count(CounterSYN), b.queue(b.p.SYNQueue())))
+		}
+		for _, f := range families {
+			if b.p.InspectAll {
+				c.Rules = append(c.Rules, b.fromClient(f))
+			}
 		}
 		b.chain(c)
 	}

@@ -27,6 +27,9 @@ var (
 	// ErrQueueInUse: a queue number has an owner already.
 	ErrQueueInUse = errors.New("the queue is in use")
 
+	// ErrLocalServer: a server is its own VIP, and this host has the address.
+	ErrLocalServer = errors.New("it is also a listen address, and an address of this host")
+
 	// ErrForwarding: the kernel does not forward packets.
 	ErrForwarding = errors.New("forwarding is off")
 )
@@ -250,6 +253,28 @@ func ForwardingError(ipv4Off, ipv6Off bool) error {
 	}
 	if ipv6Off {
 		errs = append(errs, fmt.Errorf("nft: IPv6 %w, and Weir does not switch it on: run: %s", ErrForwarding, forwardCommand6))
+	}
+	return errors.Join(errs...)
+}
+
+// CheckTransparent reports servers at a VIP that is an address of this host. A
+// server may be its own VIP, so that clients keep the address they know, where
+// the router stands on the way to it; on the router itself nobody could tell
+// the server's packets from the engine's. The error wraps ErrLocalServer.
+func CheckTransparent(p Params) error {
+	p = p.clone()
+	var errs []error
+	for _, s := range p.Servers {
+		if !slices.Contains(p.VIPs, s) {
+			continue
+		}
+		local, err := isLocal(s.Addr())
+		if err != nil {
+			return err
+		}
+		if local {
+			errs = append(errs, fmt.Errorf("nft: server address %v: %w: give the server another address or port than the VIP", s, ErrLocalServer))
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -240,3 +240,20 @@ func TestHostSysctls(t *testing.T) {
 		t.Fatalf("restored %q, want %q", got, before)
 	}
 }
+
+// TestCheckTransparent: a server may be its own VIP, unless on this host.
+func TestCheckTransparent(t *testing.T) {
+	newRouter(t)
+	p := citizenParams()
+	if err := CheckTransparent(p); err != nil {
+		t.Error(err)
+	}
+	p.VIPs = append(p.VIPs, p.Servers[0])
+	if err := CheckTransparent(p); err != nil {
+		t.Errorf("a server on another host: %v", err)
+	}
+	p.Servers = append(p.Servers, p.VIPs[0])
+	if err := CheckTransparent(p); !errors.Is(err, ErrLocalServer) || !strings.Contains(err.Error(), "203.0.113.10:80") {
+		t.Errorf("a server on this host: %v", err)
+	}
+}

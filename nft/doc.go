@@ -140,6 +140,7 @@
 //		# SYNs to a VIP that all other rules let through: to an address of the router,
 //		chain syn_local {
 //			type filter hook input priority filter + 200; policy accept;
+//			meta mark & 0xff000000 == 0x57000000 return
 //			ip daddr . tcp dport @vips4 tcp flags & (fin | syn | rst | ack) == syn counter name "syn" queue num 22272
 //			ip6 daddr . tcp dport @vips6 tcp flags & (fin | syn | rst | ack) == syn counter name "syn" queue num 22272
 //		}
@@ -147,6 +148,7 @@
 //		# or routed through it.
 //		chain syn_routed {
 //			type filter hook forward priority filter + 200; policy accept;
+//			meta mark & 0xff000000 == 0x57000000 return
 //			ip daddr . tcp dport @vips4 tcp flags & (fin | syn | rst | ack) == syn counter name "syn" queue num 22272
 //			ip6 daddr . tcp dport @vips6 tcp flags & (fin | syn | rst | ack) == syn counter name "syn" queue num 22272
 //		}

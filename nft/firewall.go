@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/mdlayher/netlink"
@@ -37,6 +38,11 @@ type Firewall struct {
 	r     *Ruleset
 	owner *conn // nil without k.Owner, and after Remove
 	gone  bool  // after Remove
+
+	// Of a Watcher, where the table is not owned.
+	guard    *Guard
+	seen     string // fingerprint of the table as we made it last; empty unwatched
+	restored atomic.Uint64
 }
 
 // Install puts the table into the kernel, in one transaction that also removes
@@ -88,7 +94,21 @@ func (f *Firewall) install() error {
 		f.owner = c
 		return nil
 	}
+	f.remember()
 	return c.close()
+}
+
+// remember takes the fingerprint of what has just been committed, for a
+// Watcher. A failure leaves one that nothing equals: the next event installs
+// again.
+func (f *Firewall) remember() {
+	if f.seen == "" {
+		return
+	}
+	var err error
+	if f.seen, err = fingerprint(f.r); err != nil {
+		f.seen = "unknown"
+	}
 }
 
 // Reinstall sends the whole table again, with counters at zero, after somebody
@@ -137,6 +157,10 @@ func (f *Firewall) Update(p Params) error {
 		}
 	}
 	f.p, f.r = p.clone(), r
+	f.remember()
+	if f.guard != nil {
+		return f.guard.Update(p)
+	}
 	return nil
 }
 

@@ -144,7 +144,7 @@ var errChanged = errors.New("the ruleset keeps changing while it is read")
 // readTables reads all tables except the skipped one of family inet. A ruleset
 // that changes meanwhile is read again.
 func readTables(skip string) (*theirTables, error) {
-	c, err := dial()
+	c, err := dialReader()
 	if err != nil {
 		return nil, err
 	}
@@ -369,6 +369,7 @@ func (t *theirTables) readElements(c *conn) error {
 const (
 	elemIntervalEnd = 0x1 // NFT_SET_ELEM_INTERVAL_END
 	elemCatchall    = 0x2 // NFT_SET_ELEM_CATCHALL
+	elemKeyEnd      = 10  // NFTA_SET_ELEM_KEY_END
 )
 
 func (s *theirSet) add(v []byte) error {
@@ -378,7 +379,7 @@ func (s *theirSet) add(v []byte) error {
 	}
 	value := func(typ uint16) []byte { return a.nest(typ)[unix.NFTA_DATA_VALUE] }
 	e := theirElement{key: value(unix.NFTA_SET_ELEM_KEY)}
-	if end := value(unix.NFTA_SET_ELEM_KEY_END); end != nil {
+	if end := value(elemKeyEnd); end != nil {
 		e.end = end
 	}
 	if d := a.nest(unix.NFTA_SET_ELEM_DATA); d != nil {

@@ -47,11 +47,14 @@ func TestGolden(t *testing.T) {
 	wide := fixed(1)
 	wide.PortFirst, wide.PortLast = 1024, 65535
 	wide.Shards = 3
+	inspect := fixed(2)
+	inspect.InspectAll = true
 	for _, c := range []struct {
 		name string
 		p    Params
 		k    Kernel
 	}{
+		{"inspect-2", inspect, full},
 		{"native-1", fixed(1), full},
 		{"native-4", fixed(4), full},
 		{"compat-1", fixed(1), compat},

@@ -78,11 +78,12 @@ func TestProbeUnprivileged(t *testing.T) {
 // this kernel may have no native one.
 func TestKernelSeesTheText(t *testing.T) {
 	require.Netns(t)
-	for _, shards := range []int{1, 2, 5} {
+	for _, shards := range []int{1, 2, 5, -2} {
 		t.Run(fmt.Sprint(shards), func(t *testing.T) {
 			newNetns(t)
 			k := probed(t)
-			p := fixed(shards)
+			p := fixed(max(shards, -shards))
+			p.InspectAll = shards < 0
 			dropInstead := func(r *Ruleset) {
 				for i := range r.Chains {
 					for _, rule := range r.Chains[i].Rules {

@@ -60,7 +60,10 @@ type Params struct {
 	// Shards is the number of shard queues, 1 to MaxShards.
 	Shards int
 
-	// InspectAll is firewall.inspect: all. Build answers ErrNotSupported.
+	// InspectAll is firewall.inspect: all. The packets of clients then meet
+	// the existing rules as their SYNs do, untracked, and come to the shard
+	// queues in input or forward, where a rewritten packet is not routed any
+	// more: the engine has to emit it instead.
 	InspectAll bool
 
 	// StrictRPFilter names the interfaces on which the kernel's reverse path
@@ -153,10 +156,6 @@ func (p *Params) Validate() error {
 		if why := badAddrPort(s); why != "" {
 			bad("server address %v: %s", s, why)
 			continue
-		}
-		if vips[s] {
-			// The engine's own SYN would come back to its SYN queue.
-			bad("server address %v: is also a listen address; a farm cannot be another farm's server", s)
 		}
 		if is4 := s.Addr().Is4(); len(p.SNIPs) > 0 && (is4 && !has4 || !is4 && !has6) {
 			bad("server address %v: source.addresses has no address of its family", s)

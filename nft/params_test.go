@@ -75,7 +75,6 @@ func TestValidate(t *testing.T) {
 		"listen port 0":   {func(p *Params) { p.VIPs = append(p.VIPs, ap("203.0.113.1:0")) }, "port must be"},
 		"listen any":      {func(p *Params) { p.VIPs = append(p.VIPs, ap("0.0.0.0:80")) }, "literal address"},
 		"listen on SNIP":  {func(p *Params) { p.VIPs = append(p.VIPs, ap("198.51.100.1:20001")) }, "lies within source.ports"},
-		"server is VIP":   {func(p *Params) { p.Servers = append(p.Servers, ap("203.0.113.10:80")) }, "also a listen address"},
 		"server family":   {func(p *Params) { p.SNIPs = p.SNIPs[:1] }, "no address of its family"},
 		"server nothing":  {func(p *Params) { p.Servers = append(p.Servers, netip.AddrPort{}) }, "server address"},
 		"SNIP multicast":  {func(p *Params) { p.SNIPs = append(p.SNIPs, a("224.0.0.1")) }, "multicast"},
@@ -99,11 +98,6 @@ func TestValidate(t *testing.T) {
 }
 
 func TestBuildRefuses(t *testing.T) {
-	p := fixed(1)
-	p.InspectAll = true
-	if _, err := Build(p, full); !errors.Is(err, ErrNotSupported) {
-		t.Errorf("inspect: all: %v", err)
-	}
 	if _, err := Build(fixed(1), Kernel{Ct: true}); !errors.Is(err, ErrNoQueue) {
 		t.Errorf("no queue: %v", err)
 	}

@@ -5,6 +5,7 @@ package nft
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"strings"
 
@@ -24,6 +25,7 @@ type Kernel struct {
 	TProxy6     bool
 	Ct          bool // conntrack expressions, the fallback for that
 	IPv6        bool // the kernel has IPv6
+	NAT         bool // address translation, for firewall.on_stop: direct
 }
 
 // Defragments reports whether the ruleset can switch on the kernel's
@@ -82,7 +84,7 @@ func Probe() (Kernel, error) {
 		NativeQueue: can("queue"), CompatQueue: can("NFQUEUE"),
 		Owner: can("owner"), Destroy: can("destroy"),
 		TProxy4: can("tproxy ip"), TProxy6: can("tproxy ip6"), Ct: can("ct"),
-		IPv6: ip6err == nil,
+		IPv6: ip6err == nil, NAT: can("nat"),
 	}
 	if !can("table") {
 		return k, fmt.Errorf("nft: %w: tables of family inet: load the module nf_tables_inet", ErrNoNftables)
@@ -165,6 +167,9 @@ func probeBatch() (*batch, map[string][]int, error) {
 	rule("tproxy ip", never, family4.tproxyTo(1).exprs...)
 	rule("tproxy ip6", never, family6.tproxyTo(1).exprs...)
 	rule("ct", never, ctInvalid().exprs...)
+	nat := e.conn.AddChain(e.chain(&Chain{Name: "nat", NAT: true, Hook: "prerouting", Priority: priorityDNAT}))
+	step("nat", 1)
+	rule("nat", nat, family4.dnat(netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, 1}), 1)).exprs...)
 
 	b, err := e.batch()
 	if err != nil {

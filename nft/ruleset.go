@@ -51,7 +51,8 @@ type Element struct {
 // the case of defrag, never entered at all.
 type Chain struct {
 	Name     string
-	Hook     string // prerouting, input, forward, output or empty
+	NAT      bool   // of type nat instead of filter
+	Hook     string // prerouting, input, forward, output, postrouting or empty
 	Priority int32  // meaningful with a hook only
 	Rules    []Rule
 	Comment  string // printed above the chain
@@ -156,7 +157,11 @@ func (r *Ruleset) Text() string {
 		}
 		fmt.Fprintf(&b, "\tchain %s {\n", c.Name)
 		if c.Hook != "" {
-			fmt.Fprintf(&b, "\t\ttype filter hook %s priority %s; policy accept;\n", c.Hook, priorityText(c.Priority))
+			kind, priority := "filter", priorityText(c.Priority)
+			if c.NAT {
+				kind, priority = "nat", fmt.Sprint(c.Priority)
+			}
+			fmt.Fprintf(&b, "\t\ttype %s hook %s priority %s; policy accept;\n", kind, c.Hook, priority)
 		}
 		for _, rule := range c.Rules {
 			fmt.Fprintf(&b, "\t\t%s\n", rule.Text())

@@ -63,6 +63,20 @@ type conn struct {
 }
 
 func dial() (*conn, error) {
+	c, err := dialReader()
+	if err != nil {
+		return nil, err
+	}
+	// An acknowledgment need not carry the request back, but should carry the
+	// kernel's explanation. Both are refinements: kernels without go on.
+	_ = c.nl.SetOption(netlink.CapAcknowledge, true)
+	_ = c.nl.SetOption(netlink.ExtendedAcknowledge, true)
+	return c, nil
+}
+
+// dialReader is dial for one who only reads: netlink.Conn, which parses the
+// answers there, cannot parse an error that is both cut and explained.
+func dialReader() (*conn, error) {
 	nl, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	switch {
 	case errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EAFNOSUPPORT):
@@ -72,10 +86,6 @@ func dial() (*conn, error) {
 	case err != nil:
 		return nil, fmt.Errorf("nft: opening a netlink socket: %w", err)
 	}
-	// An acknowledgment need not carry the request back, but should carry the
-	// kernel's explanation. Both are refinements: kernels without go on.
-	_ = nl.SetOption(netlink.CapAcknowledge, true)
-	_ = nl.SetOption(netlink.ExtendedAcknowledge, true)
 	return &conn{nl: nl}, nil
 }
 

@@ -251,6 +251,7 @@ func (e *encoder) chain(c *Chain) *nftables.Chain {
 	hooks := map[string]*nftables.ChainHook{
 		"prerouting": nftables.ChainHookPrerouting, "input": nftables.ChainHookInput,
 		"forward": nftables.ChainHookForward, "output": nftables.ChainHookOutput,
+		"postrouting": nftables.ChainHookPostrouting,
 	}
 	hook, ok := hooks[c.Hook]
 	if !ok {
@@ -260,6 +261,9 @@ func (e *encoder) chain(c *Chain) *nftables.Chain {
 	accept := nftables.ChainPolicyAccept
 	out.Hooknum, out.Priority = hook, nftables.ChainPriorityRef(nftables.ChainPriority(c.Priority))
 	out.Type, out.Policy = nftables.ChainTypeFilter, &accept
+	if c.NAT {
+		out.Type = nftables.ChainTypeNAT
+	}
 	return out
 }
 
