@@ -32,10 +32,10 @@ func (s *shard) icmp(p *divert.Packet) {
 	}
 	sent := e.Embedded().Src
 	db := s.m.db.Load()
-	ports := s.m.cfg.Source.Ports
+	ports := s.m.config().Source.Ports
 	ours := db.ByVIP(sent) != nil
 	if db.IsSNIP(sent.Addr) && sent.Port >= ports.Low && sent.Port <= ports.High {
-		ours = !s.m.cfg.Source.Shared
+		ours = !s.m.config().Source.Shared
 	}
 	if !ours {
 		return
@@ -70,6 +70,8 @@ func (s *shard) letters(now int64) {
 			s.engine.Step(now, &s.ev, &s.out)
 		case n := <-s.narrow:
 			s.engine.TooBig(n.dst, n.mtu)
+		case a := <-s.answers:
+			s.engine.Answer(now, a.id, a.answer, int64(a.ttl), &s.out)
 		default:
 			return
 		}

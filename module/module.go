@@ -28,8 +28,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/weirgate/weir/internal/filelock"
+	"github.com/weirgate/weir/module/accesslog"
 	"github.com/weirgate/weir/module/config"
 	"github.com/weirgate/weir/module/control"
 	"github.com/weirgate/weir/module/divert"
@@ -48,6 +48,14 @@ type Options struct {
 	Version    string       // shown by status, told to plugins
 	PluginDirs []string     // where plugin commands are looked up; default: host.DefaultDirs
 	Ready      func()       // called once when packets are served
+
+	// Layers names the configuration's files, so that the module can read them
+	// again: when they change, and when an operator asks. nil: never.
+	Layers func() config.LoadOptions
+	// Applied is called after every change of the configuration in force, by
+	// one goroutine at a time.
+	Applied func(*config.Config)
+
 	// Clients and Servers size the flow tables of each shard, records.
 	// Defaults: 262144 and 16384.
 	Clients, Servers int
@@ -55,7 +63,7 @@ type Options struct {
 
 // Module is one instance. Run may be called once.
 type Module struct {
-	cfg     *config.Config
+	conf    atomic.Pointer[config.Config] // in force, changes made at run time included
 	opt     Options
 	log     *slog.Logger
 	started time.Time
@@ -69,12 +77,26 @@ type Module struct {
 		sync.Mutex
 		last map[[2]string]*snapshot.Snapshot // by farm and plugin
 		open map[uint16]bool                  // farms whose start timeout is over
+		// held: a reload is under way, so that new snapshots wait for its
+		// database.
+		held bool
 	}
+	op   operation
+	bans bans
 
+	network   *host.Network // of the thread of Run, for plugins that probe
 	host      *host.Host
 	firewall  *nft.Firewall
 	handshake *engine.Handshake
 	shards    []*shard
+	journal   *nft.Journal
+	access    *accesslog.Log
+
+	calls   chan func()     // for the thread of Run, see onThread
+	serving chan struct{}   // closed when packets are served
+	ended   chan struct{}   // closed when Run takes no calls any more
+	life    context.Context // of what runs beside Run; set before serving is closed
+	events  control.Events
 }
 
 // PrivilegeError says that the process lacks a right.
@@ -98,14 +120,26 @@ func New(cfg *config.Config, opt Options) (*Module, error) {
 	if opt.Servers == 0 {
 		opt.Servers = 1 << 14
 	}
-	m := &Module{cfg: cfg, opt: opt, log: opt.Log, clock: newClock()}
+	m := &Module{
+		opt: opt, log: opt.Log, clock: newClock(),
+		calls: make(chan func()), serving: make(chan struct{}), ended: make(chan struct{}),
+	}
+	m.conf.Store(cfg)
+	m.op.file = cfg
 	m.policies.last = map[[2]string]*snapshot.Snapshot{}
 	m.policies.open = map[uint16]bool{}
+	m.access = m.newAccessLog()
 	m.setState(control.Starting)
 	m.ready.Store(&map[uint16]bool{})
 	m.host = host.New(host.Options{
 		Log: opt.Log, Dirs: opt.PluginDirs, RuntimeDir: cfg.RuntimeDir, Version: opt.Version,
-		OnSnapshot: m.onSnapshot,
+		OnSnapshot: m.onSnapshot, Telemetry: m.telemetry,
+		OnThread: func() error {
+			if m.network == nil {
+				return nil
+			}
+			return m.network.Enter()
+		},
 	})
 	if err := m.buildDB(); err != nil {
 		return nil, err
@@ -113,11 +147,14 @@ func New(cfg *config.Config, opt Options) (*Module, error) {
 	return m, nil
 }
 
+// config is the configuration in force.
+func (m *Module) config() *config.Config { return m.conf.Load() }
+
 func (m *Module) setState(c control.Condition) { m.state.Store(&c) }
 
 // buildDB makes the first generation of the database of farms.
 func (m *Module) buildDB() error {
-	spec, err := farmSpec(m.cfg, func(f, p string) (*snapshot.Snapshot, bool) { return nil, m.host.RoutePolicy(p) })
+	spec, err := farmSpec(m.config(), func(f, p string) (*snapshot.Snapshot, host.About) { return nil, m.host.About(p) })
 	if err != nil {
 		return err
 	}
@@ -176,6 +213,9 @@ func (m *Module) Run(ctx context.Context) (err error) {
 	if err := m.takeDir(&give); err != nil {
 		return err
 	}
+	if err := m.recallOverrides(); err != nil {
+		return err
+	}
 	params, err = m.takePorts(params)
 	if err != nil {
 		return err
@@ -183,14 +223,18 @@ func (m *Module) Run(ctx context.Context) (err error) {
 	if err := m.openQueues(&params, &give); err != nil {
 		return err
 	}
-	listener, err := control.Listen(m.cfg.Admin.Socket, m)
+	listener, err := control.Listen(m.config().Admin.Socket, operator{m})
 	if err != nil {
 		return err
 	}
 	give.add(func() error { listener.Close(); return nil })
 
+	if m.network, err = host.CurrentNetwork(); err != nil {
+		return err
+	}
+	give.add(m.network.Close)
 	give.add(m.host.Close)
-	plugins, farms := PluginSpecs(m.cfg)
+	plugins, farms := PluginSpecs(m.config())
 	if err := m.host.Start(ctx, plugins, farms); err != nil {
 		return err
 	}
@@ -200,18 +244,21 @@ func (m *Module) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if params.StrictRPFilter, err = nft.StrictInterfaces(m.cfg.RuntimeDir, ifaces...); err != nil {
+	if params.StrictRPFilter, err = nft.StrictInterfaces(m.config().RuntimeDir, ifaces...); err != nil {
 		return err
 	}
-	if m.firewall, err = nft.Install(params, kernel); err != nil {
+	if m.firewall, err = nft.Install(params, m.ownership(kernel)); err != nil {
 		return err
 	}
-	give.add(m.firewall.Remove)
-	journal, err := nft.ApplySysctls(m.cfg.RuntimeDir, nft.Needs(params, ifaces...))
-	if err != nil {
+	give.add(m.leaveRules)
+	if err := m.watchRules(&give); err != nil {
 		return err
 	}
-	give.add(journal.Restore)
+	if m.journal, err = nft.ApplySysctls(m.config().RuntimeDir, nft.Needs(params, ifaces...)); err != nil {
+		return err
+	}
+	give.add(func() error { return m.journal.Restore() })
+	m.op.params = params
 
 	// From here on packets flow.
 	var threads sync.WaitGroup
@@ -220,12 +267,21 @@ func (m *Module) Run(ctx context.Context) (err error) {
 		threads.Go(func() { failed <- s.run() })
 	}
 	serveCtx, stopServing := context.WithCancel(context.WithoutCancel(ctx))
+	for _, f := range []func(context.Context){m.metricsServer(), m.writeAccessLog} {
+		threads.Go(func() { f(serveCtx) })
+	}
 	threads.Go(func() {
 		if err := listener.Serve(serveCtx); err != nil {
 			m.log.Error("the control socket ended", "error", err)
 		}
 	})
+	var operating context.CancelFunc
+	m.life, operating = context.WithCancel(ctx)
+	for _, f := range []func(context.Context){m.watch, m.drainLoop, m.observe} {
+		threads.Go(func() { f(m.life) })
+	}
 	give.add(func() error {
+		operating()
 		stopServing()
 		for _, s := range m.shards {
 			s.quit()
@@ -234,24 +290,42 @@ func (m *Module) Run(ctx context.Context) (err error) {
 		return nil
 	})
 	m.setState(control.Ready)
-	m.log.Info("serving", "version", m.opt.Version, "farms", len(m.cfg.Farms), "shards", len(m.shards)-2, "native_queue", kernel.NativeQueue, "owned_table", kernel.Owner)
+	close(m.serving)
+	m.events.Add(control.Event{Name: control.EventReady, Text: "the instance serves"})
+	m.log.Info("serving", "version", m.opt.Version, "farms", len(m.config().Farms), "shards", len(m.shards)-2, "native_queue", kernel.NativeQueue, "owned_table", m.ownership(kernel).Owner)
 	if m.opt.Ready != nil {
 		m.opt.Ready()
 	}
-	select {
-	case <-ctx.Done():
-	case err := <-failed:
-		if err != nil {
-			return fmt.Errorf("packet queue: %w", err)
+	err = m.attend(ctx, failed)
+	close(m.ended)
+	operating()
+	if err == nil {
+		m.stop()
+	}
+	return err
+}
+
+// attend does what has to be done on the thread of Run, until ctx ends or a
+// queue fails.
+func (m *Module) attend(ctx context.Context, failed <-chan error) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-failed:
+			if err != nil {
+				return fmt.Errorf("packet queue: %w", err)
+			}
+			return nil
+		case f := <-m.calls:
+			f()
 		}
 	}
-	m.stop()
-	return nil
 }
 
 // look refuses what cannot work on this host, before anything is changed.
 func (m *Module) look() (nft.Params, nft.Kernel, error) {
-	params := firewallParams(m.cfg, m.cfg.ShardCount(0))
+	params := firewallParams(m.config(), m.config().ShardCount(0))
 	if err := params.Validate(); err != nil {
 		return params, nft.Kernel{}, err
 	}
@@ -260,6 +334,12 @@ func (m *Module) look() (nft.Params, nft.Kernel, error) {
 		return params, kernel, &PrivilegeError{err}
 	}
 	if err != nil {
+		return params, kernel, err
+	}
+	if m.config().Firewall.OnStop == "direct" && !kernel.NAT {
+		return params, kernel, fmt.Errorf("firewall.on_stop: direct: %w", nft.ErrNoNAT)
+	}
+	if err := nft.CheckTransparent(params); err != nil {
 		return params, kernel, err
 	}
 	if err := nft.CheckVIPListeners(params.VIPs); err != nil {
@@ -280,7 +360,7 @@ func (m *Module) look() (nft.Params, nft.Kernel, error) {
 // takeDir makes the runtime directory and locks it against a second instance.
 // The lock goes with the process.
 func (m *Module) takeDir(give *undo) error {
-	dir := m.cfg.RuntimeDir
+	dir := m.config().RuntimeDir
 	made := false
 	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -289,17 +369,15 @@ func (m *Module) takeDir(give *undo) error {
 		made = true
 	}
 	path := filepath.Join(dir, "lock")
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+	lock, err := filelock.Take(path)
+	if errors.Is(err, filelock.ErrHeld) {
+		return fmt.Errorf("runtime_dir: another instance holds %s; stop it, or give this one a runtime_dir of its own", path)
+	}
 	if err != nil {
 		return fmt.Errorf("runtime_dir: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		_ = f.Close()
-		return fmt.Errorf("runtime_dir: another instance holds %s; stop it, or give this one a runtime_dir of its own", path)
-	}
 	give.add(func() error {
-		_ = os.Remove(path)
-		_ = f.Close()
+		_ = lock.Remove() // A file that is left is taken over at the next start.
 		if made {
 			_ = os.Remove(dir) // Others may have put files there.
 		}
@@ -322,7 +400,7 @@ const portRest = 10 * time.Second
 // openQueues binds the queues and makes the shards.
 func (m *Module) openQueues(params *nft.Params, give *undo) error {
 	open := divert.OpenPlain
-	if m.cfg.Queue.Backend == "batched" {
+	if m.config().Queue.Backend == "batched" {
 		open = divert.OpenBatched
 	}
 	var secret [16]byte
@@ -331,7 +409,7 @@ func (m *Module) openQueues(params *nft.Params, give *undo) error {
 	}
 	m.handshake = engine.NewHandshake(engine.NewMACCookies(secret), clientMSS, clientMSS, m.takesSYN)
 	add := func(number uint16, length uint32, role role) error {
-		q, err := open(divert.Config{Queue: number, Length: length, GSO: m.cfg.Queue.GSO})
+		q, err := open(divert.Config{Queue: number, Length: length, GSO: m.config().Queue.GSO})
 		if err != nil {
 			return privilege(err)
 		}
@@ -364,12 +442,12 @@ func (m *Module) openQueues(params *nft.Params, give *undo) error {
 		for _, a := range params.SNIPs {
 			ports = append(ports, pool.NewPorts(packet.AddrFrom(a), lo, hi, int64(portRest), func(p uint16) bool { return except[p] }))
 		}
-		if err := add(params.ShardQueue(i), uint32(m.cfg.Queue.Length), roleShard); err != nil {
+		if err := add(params.ShardQueue(i), uint32(m.config().Queue.Length), roleShard); err != nil {
 			return err
 		}
 		m.shards[len(m.shards)-1].engine = engine.New(engine.Options{
 			Clients: m.opt.Clients, Servers: m.opt.Servers, Seed: binary.LittleEndian.Uint64(seed[:]),
-			Handshake: m.handshake, SNIPs: ports, ShareSNIP: m.cfg.Source.Shared, Shard: i, Shards: params.Shards,
+			Handshake: m.handshake, SNIPs: ports, ShareSNIP: m.config().Source.Shared, Shard: i, Shards: params.Shards,
 		}, m.db.Load())
 	}
 	return nil
@@ -410,10 +488,11 @@ const stopStep = 5 * time.Millisecond
 // stop lets running responses finish, then resets the rest.
 func (m *Module) stop() {
 	m.setState(control.Stopping)
-	m.log.Info("stopping", "stop_timeout", m.cfg.StopTimeout.Std())
+	m.events.Add(control.Event{Name: control.EventStopping, Text: "the instance stops"})
+	m.log.Info("stopping", "stop_timeout", m.config().StopTimeout.Std())
 	m.handshake.Stopped.Store(true)
 	m.tell(engine.Stop)
-	deadline := time.Now().Add(m.cfg.StopTimeout.Std())
+	deadline := time.Now().Add(m.config().StopTimeout.Std())
 	lastWords := time.Now().Add(time.Second)
 	for {
 		time.Sleep(stopStep)
@@ -458,11 +537,14 @@ func (m *Module) Status(context.Context) (*control.Status, error) {
 		Version: m.opt.Version, PID: os.Getpid(), Started: m.started, Generation: m.db.Load().Generation,
 		Condition: *m.state.Load(), Shards: len(m.shards) - 2, Farms: control.Farms(m.db.Load()), Plugins: []control.Plugin{},
 	}
+	if st.Reasons = m.waitingFor(); len(st.Reasons) > 0 && st.Condition == control.Ready {
+		st.Condition = control.Degraded
+	}
 	for _, p := range m.host.Status() {
 		st.Plugins = append(st.Plugins, control.Plugin{
 			Name: p.Plugin, Version: p.Version, State: string(p.State), PID: p.PID, Restarts: p.Restarts, Error: p.LastError,
 		})
-		if p.State != host.StateUp && st.Condition == control.Ready {
+		if p.State != host.StateUp && (st.Condition == control.Ready || st.Condition == control.Degraded) {
 			st.Condition = control.Degraded
 			st.Reasons = append(st.Reasons, fmt.Sprintf("plugin %s is %s: %s", p.Plugin, p.State, p.LastError))
 		}

@@ -5,42 +5,94 @@ package module
 import (
 	"context"
 	"maps"
+	"math"
 	"time"
 
+	"github.com/weirgate/weir/module/config"
+	"github.com/weirgate/weir/module/farm"
+	"github.com/weirgate/weir/plugins/host"
 	"github.com/weirgate/weir/policies/snapshot"
 )
 
 // onSnapshot takes over what a plugin says about a farm: a new selector, which
 // the shards see with their next request. A snapshot that does not fit changes
-// nothing; the last good one stays.
+// nothing; the last good one stays. While a reload is under way, what plugins
+// say is about the farms and servers to come, and waits for them.
 func (m *Module) onSnapshot(farmName, plugin string, s *snapshot.Snapshot) {
 	m.policies.Lock()
 	defer m.policies.Unlock()
-	f := m.db.Load().FarmByName(farmName)
-	c := m.cfg.Farm(farmName)
-	if f == nil || c == nil {
-		return
-	}
 	key := [2]string{farmName, plugin}
 	before := m.policies.last[key]
 	m.policies.last[key] = s
-	list, err := farmPolicies(c, func(farm, plugin string) (*snapshot.Snapshot, bool) {
-		return m.policies.last[[2]string{farm, plugin}], m.host.RoutePolicy(plugin)
-	})
-	if err == nil {
-		var servers []snapshot.ServerConfig
-		for _, sv := range f.Servers {
-			servers = append(servers, snapshot.ServerConfig{Name: sv.Name, Weight: sv.Weight, Backup: sv.Backup})
+	if m.policies.held {
+		return
+	}
+	f := m.db.Load().FarmByName(farmName)
+	c := m.config().Farm(farmName)
+	if f == nil || c == nil {
+		delete(m.policies.last, key)
+		return
+	}
+	if err := m.compile(f, c); err != nil {
+		m.policies.last[key] = before
+		m.log.Warn("a policy's snapshot is refused; its last one stays", "farm", farmName, "plugin", plugin, "error", err)
+		return
+	}
+	m.takeConnections()
+}
+
+// compile makes the selector of a farm from the last snapshots. The caller
+// holds the lock.
+func (m *Module) compile(f *farm.Farm, c *config.Farm) error {
+	list, err := farmPolicies(c, func(farm, plugin string) (*snapshot.Snapshot, host.About) {
+		s := m.policies.last[[2]string{farm, plugin}]
+		if s != nil {
+			s = s.Keep(hasServer(c))
 		}
-		var sel *snapshot.Selector
-		if sel, err = snapshot.NewSelector(servers, list); err == nil {
-			f.Selector.Store(sel)
-			m.takeConnections()
-			return
+		return s, m.host.About(plugin)
+	})
+	if err != nil {
+		return err
+	}
+	sel, err := f.Selector.Load().With(list)
+	if err != nil {
+		return err
+	}
+	if err := f.SetSelector(sel); err != nil {
+		return err
+	}
+	m.avoid(f)
+	return nil
+}
+
+// avoid says to those who keep connections open which servers no policy lets
+// requests go to, and until when that is known. The choice itself looks at the
+// policies. It is no state of the server: that is the operator's. The caller
+// holds the lock.
+func (m *Module) avoid(f *farm.Farm) {
+	until := make(map[string]int64, len(f.Servers))
+	c := m.config().Farm(f.Name)
+	if c == nil {
+		return
+	}
+	for _, p := range c.Policies {
+		s := m.policies.last[[2]string{f.Name, p.Use}]
+		if s == nil || s.Eligibility == nil || p.Shadow {
+			continue
+		}
+		expires := s.Expires
+		if expires == 0 {
+			expires = math.MaxInt64
+		}
+		for _, e := range s.Eligibility.Servers {
+			if !e.Eligible {
+				until[e.Server] = max(until[e.Server], expires)
+			}
 		}
 	}
-	m.policies.last[key] = before
-	m.log.Warn("a policy's snapshot is refused; its last one stays", "farm", farmName, "plugin", plugin, "error", err)
+	for _, s := range f.Servers {
+		s.Live.AvoidUntil.Store(until[s.Name])
+	}
 }
 
 // takeConnections opens the farms of which every policy has spoken, or whose
@@ -49,8 +101,8 @@ func (m *Module) takeConnections() {
 	ready := map[uint16]bool{}
 	for _, f := range m.db.Load().Farms {
 		open := true
-		for _, p := range m.cfg.Farm(f.Name).Policies {
-			open = open && m.policies.last[[2]string{f.Name, p.Use}] != nil
+		for _, p := range m.config().Farm(f.Name).Policies {
+			open = open && (p.Shadow || m.policies.last[[2]string{f.Name, p.Use}] != nil)
 		}
 		ready[f.ID] = open || m.policies.open[f.ID]
 	}
@@ -64,11 +116,25 @@ func (m *Module) takeConnections() {
 func (m *Module) openFarms(ctx context.Context) {
 	m.policies.Lock()
 	defer m.policies.Unlock()
+	// What the plugins are is known only now: before, any of them might have
+	// sent routes.
+	for _, f := range m.db.Load().Farms {
+		if c := m.config().Farm(f.Name); c != nil && len(c.Policies) > 0 {
+			if err := m.compile(f, c); err != nil {
+				m.log.Warn("the snapshots of a farm's policies do not fit", "farm", f.Name, "error", err)
+			}
+		}
+	}
 	m.takeConnections()
+	m.startFarms(ctx)
+}
+
+// startFarms is openFarms for a caller who holds the lock.
+func (m *Module) startFarms(ctx context.Context) {
 	for _, f := range m.db.Load().Farms {
 		var longest time.Duration
-		for _, p := range m.cfg.Farm(f.Name).Policies {
-			if pl := m.cfg.Plugin(p.Use); pl != nil {
+		for _, p := range m.config().Farm(f.Name).Policies {
+			if pl := m.config().Plugin(p.Use); pl != nil {
 				longest = max(longest, pl.StartTimeout.Std())
 			}
 		}
@@ -79,6 +145,9 @@ func (m *Module) openFarms(ctx context.Context) {
 		timer := time.AfterFunc(longest, func() {
 			m.policies.Lock()
 			defer m.policies.Unlock()
+			if now := m.db.Load().FarmByID(id); now == nil || now.Name != name || now.Removed {
+				return // another one has the number by now
+			}
 			if !(*m.ready.Load())[id] {
 				m.log.Warn("a policy has not spoken in time; the farm takes connections without it", "farm", name, "start_timeout", longest)
 			}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/weirgate/weir/module/divert"
 	"github.com/weirgate/weir/module/engine"
+	"github.com/weirgate/weir/module/farm"
 )
 
 // role says what a thread does with the packets of its queue.
@@ -39,11 +40,17 @@ type shard struct {
 	clients atomic.Int32 // of the last batch, while stopping
 	servers atomic.Int32
 
-	ev     engine.Event
-	errors chan []byte   // ICMP errors that may be about a flow of this shard
-	narrow chan narrowed // destinations that emitted packets did not fit to
-	out    engine.Output
-	pkts   [][]byte
+	work  chan func(now int64) // for this thread, see do
+	ended chan struct{}        // closed when run has returned
+	tap   *engine.Tap          // while somebody watches packets; of this thread
+
+	ev      engine.Event
+	errors  chan []byte   // ICMP errors that may be about a flow of this shard
+	narrow  chan narrowed // destinations that emitted packets did not fit to
+	answers chan answered // of plugins
+	out     engine.Output
+	pkts    [][]byte
+	spent   farm.Histogram // per batch of packets, until its verdicts
 }
 
 // batchSize is how many packets are handled between two looks at the clock.
@@ -56,6 +63,8 @@ func newShard(m *Module, q divert.Queue, em *divert.Emitter, mark, mask uint32, 
 	s := &shard{
 		m: m, role: r, queue: q, emit: em, mark: mark, mask: mask,
 		errors: make(chan []byte, letterBox), narrow: make(chan narrowed, letterBox),
+		answers: make(chan answered, letterBox),
+		work:    make(chan func(int64), workWaiting), ended: make(chan struct{}),
 	}
 	em.OnTooBig(s.tooBig)
 	if ifc, err := net.InterfaceByName("lo"); err == nil {
@@ -95,6 +104,7 @@ func (s *shard) running() (clients, servers int) {
 func (s *shard) run() error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
+	defer close(s.ended)
 	batch := make([]divert.Packet, batchSize)
 	db := s.m.db.Load()
 	stopping := false
@@ -126,7 +136,7 @@ func (s *shard) run() error {
 			s.letters(now)
 			if n == 0 {
 				s.ev = engine.Event{Kind: engine.Tick}
-				s.engine.Step(now, &s.ev, &s.out)
+				s.step(now, &s.ev)
 			}
 			s.handle(now, batch[:n])
 			if stopping {
@@ -144,13 +154,29 @@ func (s *shard) run() error {
 			if err := s.queue.Send(batch[:n]); err != nil && !errors.Is(err, divert.ErrClosed) {
 				return err
 			}
+			s.spent.Add(s.m.clock.now() - now)
+		}
+		if len(s.work) > 0 {
+			s.workOff(&db)
 		}
 	}
 	return nil
 }
 
+// step is a step of the engine, seen by whoever watches.
+func (s *shard) step(now int64, ev *engine.Event) {
+	if s.tap != nil {
+		s.tap.Step(s.engine, now, ev, &s.out)
+		return
+	}
+	s.engine.Step(now, ev, &s.out)
+}
+
 // patience is how long to wait for packets.
 func (s *shard) patience() time.Duration {
+	if len(s.work) > 0 {
+		return 0
+	}
 	if s.role != roleShard {
 		return longestWait
 	}
@@ -166,9 +192,17 @@ func (s *shard) handle(now int64, batch []divert.Packet) {
 	ev := &s.ev
 	for i := range batch {
 		p := &batch[i]
+		if s.role != roleControl && s.m.bans.has(p.Data, now) {
+			p.Verdict = divert.Drop
+			continue
+		}
 		switch s.role {
 		case roleSYN:
-			s.m.handshake.SYN(now, p.Data, p.Checksum, &s.out)
+			if s.tap != nil {
+				s.tap.SYN(s.m.handshake, now, p.Data, p.Checksum, &s.out)
+			} else {
+				s.m.handshake.SYN(now, p.Data, p.Checksum, &s.out)
+			}
 			p.Verdict = divert.Drop
 			continue
 		case roleControl:
@@ -177,9 +211,9 @@ func (s *shard) handle(now int64, batch []divert.Packet) {
 		}
 		*ev = engine.Event{
 			Kind: engine.Packet, Checksum: p.Checksum, GSO: p.GSO, Short: p.Truncated,
-			Loopback: p.InIf == s.lo, Data: p.Data,
+			Loopback: p.InIf == s.lo || p.Hook != 0, Data: p.Data,
 		}
-		s.engine.Step(now, ev, &s.out)
+		s.step(now, ev)
 		switch ev.Verdict {
 		case engine.Accept:
 			p.Verdict = divert.Accept
@@ -187,6 +221,10 @@ func (s *shard) handle(now int64, batch []divert.Packet) {
 			p.Verdict = divert.Rewritten
 			p.Data = ev.Data
 			p.Mark = p.Mark&^s.mask | s.mark
+			if ev.Mark != 0 {
+				// The rest of the mark is the policies', where they use it.
+				p.Mark = s.mark | ev.Mark&^s.mask
+			}
 		default:
 			p.Verdict = divert.Drop
 		}
@@ -196,6 +234,9 @@ func (s *shard) handle(now int64, batch []divert.Packet) {
 // flush emits what the steps of the batch made.
 func (s *shard) flush() {
 	s.pkts = s.pkts[:0]
+	if len(s.out.Questions)+len(s.out.Bans) > 0 {
+		s.askPlugins()
+	}
 	if s.out.Relieve {
 		for _, o := range s.m.shards {
 			if o != s {

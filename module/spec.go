@@ -15,12 +15,13 @@ import (
 // This file says in the words of each part what a configuration means.
 
 // farmSpec describes the database of farms. snap gives the last snapshot of a
-// policy for a farm and whether the policy sends routes.
-func farmSpec(c *config.Config, snap func(farm, plugin string) (*snapshot.Snapshot, bool)) (farm.Spec, error) {
+// policy for a farm, and what is known about its plugin.
+func farmSpec(c *config.Config, snap func(farm, plugin string) (*snapshot.Snapshot, host.About)) (farm.Spec, error) {
 	spec := farm.Spec{SNIPs: c.Source.Addresses}
 	for i := range c.Farms {
 		f := &c.Farms[i]
 		mode, _ := farm.ParseForwarded(f.Forwarded) // the configuration is valid
+		safety, _ := farm.ParseRouteSafety(f.RouteSafety)
 		fs := farm.FarmSpec{
 			Name: f.Name, VIPs: f.Listen, Forwarded: mode,
 			Pool: farm.PoolLimits{
@@ -31,9 +32,17 @@ func farmSpec(c *config.Config, snap func(farm, plugin string) (*snapshot.Snapsh
 				DrainLimit: int64(f.Pool.DrainLimit), DrainTimeout: int64(f.Pool.DrainTimeout),
 			},
 			Timeouts: farm.Timeouts{
-				Connect: int64(f.Timeouts.Connect), Head: int64(f.Timeouts.Head),
-				Idle: int64(f.Timeouts.Idle), Response: int64(f.Timeouts.Response),
+				Connect: int64(f.Timeouts.Connect), Head: int64(f.Timeouts.Head), Body: int64(f.Timeouts.Body),
+				Idle: int64(f.Timeouts.Idle), Response: int64(f.Timeouts.Response), Tunnel: int64(f.Timeouts.Tunnel),
 			},
+			Limits: farm.Limits{
+				Head: uint32(f.Limits.Head), Fields: uint16(f.Limits.Fields), Target: uint16(f.Limits.Target),
+				ChunkExt: uint16(f.Limits.ChunkExtension), Trailers: uint32(f.Limits.Trailers), BodyRate: int64(f.Limits.BodyRate),
+			},
+			RouteSafety: safety,
+		}
+		for _, p := range f.ForwardedTrust {
+			fs.ForwardedTrust = append(fs.ForwardedTrust, p.Netip())
 		}
 		for _, s := range f.Servers {
 			fs.Servers = append(fs.Servers, farm.ServerSpec{Name: s.Name, Endpoint: s.Address, Weight: uint32(s.Weight), Backup: s.Backup})
@@ -49,15 +58,19 @@ func farmSpec(c *config.Config, snap func(farm, plugin string) (*snapshot.Snapsh
 }
 
 // farmPolicies lists a farm's policies with their last snapshots.
-func farmPolicies(f *config.Farm, snap func(farm, plugin string) (*snapshot.Snapshot, bool)) ([]snapshot.Policy, error) {
+func farmPolicies(f *config.Farm, snap func(farm, plugin string) (*snapshot.Snapshot, host.About)) ([]snapshot.Policy, error) {
 	var out []snapshot.Policy
 	for _, p := range f.Policies {
 		onEmpty, err := snapshot.ParseOnEmpty(p.OnEmpty)
 		if err != nil {
 			return nil, err
 		}
-		s, routes := snap(f.Name, p.Use)
-		out = append(out, snapshot.Policy{Name: p.Use, OnEmpty: onEmpty, Snapshot: s, RoutePolicy: routes})
+		s, about := snap(f.Name, p.Use)
+		one := snapshot.Policy{Name: p.Use, OnEmpty: onEmpty, Snapshot: s, RoutePolicy: about.Routes, Shadow: p.Shadow, Ask: about.Ask}
+		if p.Fallback == "reject" {
+			one.Fallback = snapshot.FallbackReject
+		}
+		out = append(out, one)
 	}
 	return out, nil
 }
@@ -71,9 +84,15 @@ func PluginSpecs(c *config.Config) ([]host.PluginSpec, []host.FarmSpec) {
 		if expiry == 0 {
 			expiry = -1 // no limit; the host takes 0 for its default
 		}
+		limit := p.Restart.Limit
+		if limit == 0 {
+			limit = -1
+		}
 		plugins = append(plugins, host.PluginSpec{
 			Name: p.Name, Command: p.Command, Config: p.Config, User: p.User, Checksum: p.Checksum,
 			StartTimeout: p.StartTimeout.Std(), Expiry: expiry,
+			AskDeadline: p.Ask.Deadline.Std(), AskConcurrency: p.Ask.Concurrency,
+			BackoffMin: p.Restart.Min.Std(), BackoffMax: p.Restart.Max.Std(), Restarts: limit,
 		})
 	}
 	var farms []host.FarmSpec

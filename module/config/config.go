@@ -51,14 +51,27 @@ type Source struct {
 // Farm is a set of servers behind one or more VIPs. All of them have one
 // address family: nothing translates between families.
 type Farm struct {
-	Name      string           `koanf:"name" need:"name" doc:"Unique name; a letter or digit, then letters, digits, dots, underscores and hyphens, at most 63."`
-	Listen    []netip.AddrPort `koanf:"listen" need:"list" doc:"VIP or list of VIPs. An address of this router, or one that is routed through it."`
-	Protocol  string           `koanf:"protocol" default:"http" enum:"http" doc:"Protocol of the farm."`
-	Servers   []Server         `koanf:"servers" need:"list" doc:"The farm's servers."`
-	Policies  []PolicyUse      `koanf:"policies" doc:"Policies in the order in which they choose: plugin names, or mappings with the keys below. A farm without policies needs no plugin process."`
-	Pool      Pool             `koanf:"pool" doc:"Pool of server connections. Limits are per server over all shards, 0 is no limit."`
-	Timeouts  Timeouts         `koanf:"timeouts" doc:"Time limits of one exchange."`
-	Forwarded string           `koanf:"forwarded" default:"none" enum:"none|x-forwarded-for|forwarded" doc:"Field that tells the servers the client's address. A field of that name that the client sent is neutralised."`
+	Name           string           `koanf:"name" need:"name" doc:"Unique name; a letter or digit, then letters, digits, dots, underscores and hyphens, at most 63."`
+	Listen         []netip.AddrPort `koanf:"listen" need:"list" doc:"VIP or list of VIPs. An address of this router, or one that is routed through it."`
+	Protocol       string           `koanf:"protocol" default:"http" enum:"http" doc:"Protocol of the farm."`
+	Servers        []Server         `koanf:"servers" need:"list" doc:"The farm's servers."`
+	Policies       []PolicyUse      `koanf:"policies" doc:"Policies in the order in which they choose: plugin names, or mappings with the keys below. A farm without policies needs no plugin process."`
+	Pool           Pool             `koanf:"pool" doc:"Pool of server connections. Limits are per server over all shards, 0 is no limit."`
+	Timeouts       Timeouts         `koanf:"timeouts" doc:"Time limits of one exchange."`
+	Limits         Limits           `koanf:"limits" doc:"Limits of what clients may send."`
+	Forwarded      string           `koanf:"forwarded" default:"none" enum:"none|x-forwarded-for|forwarded" doc:"Field that tells the servers the client's address. A field of that name that the client sent is neutralised."`
+	ForwardedTrust []Prefix         `koanf:"forwarded_trust" doc:"Clients, such as proxies in front, whose own forwarding fields are kept; the field with their address follows behind."`
+	RouteSafety    string           `koanf:"route_safety" enum:"|reject|pass" doc:"What to do with a path that a server may read as another one than the routes: one with dot segments, //, a backslash, or %2e, %2f, %5c, %00. Without it: reject (400) where a policy of the farm sends routes."`
+}
+
+// Limits holds what clients may send. All sizes are above zero.
+type Limits struct {
+	Head           ByteSize `koanf:"head" default:"64KiB" need:"positive" doc:"A request head, from the request line to the empty line; at most 1MiB. A larger one gets 431."`
+	Fields         int      `koanf:"fields" default:"100" min:"1" max:"1000" doc:"Field lines of a request head. More get 431."`
+	Target         ByteSize `koanf:"target" default:"8000" need:"positive" doc:"The request target; at most 65535. A longer one gets 414."`
+	ChunkExtension ByteSize `koanf:"chunk_extension" default:"4KiB" need:"positive" doc:"Extensions of one chunk line; at most 65535."`
+	Trailers       ByteSize `koanf:"trailers" default:"8KiB" need:"positive" doc:"The trailer section of a chunked request; at most 1MiB."`
+	BodyRate       Rate     `koanf:"body_rate" default:"4Kbit" doc:"Least pace of a request's body, measured over timeouts.body while the server takes more. A slower one gets 408. 0 is no limit."`
 }
 
 // Server is one server of a farm.
@@ -71,9 +84,11 @@ type Server struct {
 
 // PolicyUse is one entry of a farm's policies.
 type PolicyUse struct {
-	Use     string         `koanf:"use" need:"value" doc:"Name of the plugin."`
-	Config  map[string]any `koanf:"config" doc:"The policy's own configuration for this farm, laid over the plugin's."`
-	OnEmpty string         `koanf:"on_empty" enum:"|reject|ignore|wait" doc:"What to do when the policy leaves no server. Without it: routes reject with 404, eligibility with 503, budgets are ignored."`
+	Use      string         `koanf:"use" need:"value" doc:"Name of the plugin."`
+	Config   map[string]any `koanf:"config" doc:"The policy's own configuration for this farm, laid over the plugin's."`
+	OnEmpty  string         `koanf:"on_empty" enum:"|reject|ignore|wait" doc:"What to do when the policy leaves no server. Without it: routes reject with 404, eligibility with 503, budgets are ignored."`
+	Shadow   bool           `koanf:"shadow" default:"false" doc:"The policy decides nothing: it is only compared with what was decided, see the agreement in status and metrics. It is never asked about requests."`
+	Fallback string         `koanf:"fallback" default:"ignore" enum:"ignore|reject" doc:"What to do with a request about which the plugin was asked and has not answered in time: go on without it, or answer 503."`
 }
 
 // Pool holds the limits of the server connections.
@@ -95,8 +110,10 @@ type Pool struct {
 type Timeouts struct {
 	Connect  Duration `koanf:"connect" default:"5s" need:"positive" doc:"Establishment of a server connection."`
 	Head     Duration `koanf:"head" default:"15s" need:"positive" doc:"From the first byte of a request to the end of its head."`
+	Body     Duration `koanf:"body" default:"20s" need:"positive" doc:"Over which the pace of a request's body is measured, see limits.body_rate."`
 	Idle     Duration `koanf:"idle" default:"60s" need:"positive" doc:"A client connection between requests."`
 	Response Duration `koanf:"response" default:"60s" need:"positive" doc:"Silence of the server while a response is due; not its total time."`
+	Tunnel   Duration `koanf:"tunnel" default:"1h" need:"positive" doc:"Silence of both sides of an upgraded connection (WebSocket)."`
 	Drain    Duration `koanf:"drain" default:"60s" need:"positive" doc:"How long exchanges with a server or VIP that was removed from the configuration may go on before they are cut."`
 }
 
@@ -110,9 +127,25 @@ type Plugin struct {
 	StartTimeout Duration       `koanf:"start_timeout" default:"5s" need:"positive" doc:"How long a farm waits for the policy's first snapshot before it takes connections without it."`
 	Expiry       Duration       `koanf:"expiry" default:"30s" doc:"Age at which a silent plugin's eligibility, scores and budgets are no longer used. Routes stay."`
 
+	Restart Restarts `koanf:"restart" doc:"How a program that ended is started again."`
+	Ask     Ask      `koanf:"ask" doc:"For plugins that want to be asked about single requests."`
+
 	// Implied marks an entry that no file has: a farm uses a built-in plugin
 	// that is not listed.
 	Implied bool `koanf:"-"`
+}
+
+// Restarts says how a plugin that ended is started again.
+type Restarts struct {
+	Min   Duration `koanf:"min" default:"100ms" need:"positive" doc:"Pause before the first restart; it doubles with each further one, and begins anew after 30s of life."`
+	Max   Duration `koanf:"max" default:"5s" need:"positive" doc:"Longest pause."`
+	Limit int      `koanf:"limit" default:"10" min:"0" doc:"Starts within a minute; after more there is one try per 30s. 0 is no limit."`
+}
+
+// Ask bounds the questions to a plugin.
+type Ask struct {
+	Deadline    Duration `koanf:"deadline" default:"5ms" need:"positive" doc:"How long a request waits for an answer before the farm's fallback holds."`
+	Concurrency int      `koanf:"concurrency" default:"64" min:"1" max:"4096" doc:"Questions that may be open at once; a further one gets the fallback."`
 }
 
 // Queue describes the kernel queues: one for SYNs, one for control, one per
@@ -131,6 +164,7 @@ type Firewall struct {
 	Mark    Mark   `koanf:"mark" default:"0x57000000/0xff000000" doc:"Mark of translated and emitted packets, VALUE/MASK. Only the bits of the mask are touched. Accept it in chains that would drop these packets. Restart."`
 	Inspect string `koanf:"inspect" default:"syn" enum:"syn|all" doc:"Which packets to a VIP the existing rules see with the client's address: the SYN, or all. Restart."`
 	OnStop  string `koanf:"on_stop" default:"close" enum:"close|direct" doc:"What happens to new connections after a stop: close leaves them to whatever else the router does, direct sends them to one server by a plain DNAT."`
+	Owned   string `koanf:"owned" default:"auto" enum:"auto|never" doc:"Whether the table belongs to this process: auto, where the kernel can (Linux 6.9), so that nobody else can change or flush it; never leaves it open to others, and puts it back when they remove it. Restart."`
 }
 
 // Log describes the program log and the access log.

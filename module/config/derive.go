@@ -79,3 +79,6 @@ func (b bytesProvider) ReadBytes() ([]byte, error) { return b, nil }
 func (bytesProvider) Read() (map[string]any, error) {
 	return nil, errors.New("config: text is not a map")
 }
+
+// ValidName reports whether a farm or server may have this name.
+func ValidName(s string) bool { return namePattern.MatchString(s) }

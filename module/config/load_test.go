@@ -77,7 +77,8 @@ func TestExample(t *testing.T) {
 	check("policies", []string{web.Policies[0].Use, web.Policies[1].Use, web.Policies[1].OnEmpty, web.Policies[3].Use}, []string{"state", "path", "reject", "load"})
 	check("routes", web.Policies[1].Config["routes"].([]any)[0], any(map[string]any{"prefix": "/sales/", "servers": []any{"s1"}}))
 	check("pool", web.Pool, Pool{64, 512, 0, 16, Duration(30 * time.Second), 0, 0, 1024, Duration(5 * time.Second), 1 << 20, Duration(10 * time.Second)})
-	check("timeouts", web.Timeouts, Timeouts{Duration(5 * time.Second), Duration(15 * time.Second), Duration(60 * time.Second), Duration(60 * time.Second), Duration(60 * time.Second)})
+	check("timeouts", web.Timeouts, Timeouts{Duration(5 * time.Second), Duration(15 * time.Second), Duration(20 * time.Second), Duration(60 * time.Second), Duration(60 * time.Second), Duration(time.Hour), Duration(60 * time.Second)})
+	check("limits", web.Limits, Limits{64 << 10, 100, 8000, 4 << 10, 8 << 10, 500})
 	check("second farm has the same defaults", c.Farm("web6").Pool, web.Pool)
 	check("listen list", len(c.Farm("web6").Listen), 2)
 	var names []string
@@ -86,7 +87,7 @@ func TestExample(t *testing.T) {
 	}
 	check("plugins", names, []string{"state false [state] 5s", "bandwidth false [bandwidth] 5s", "load false [load] 5s", "path true [path] 5s"})
 	check("queue", c.Queue, Queue{22272, ShardsAuto, true, "batched", 16384})
-	check("firewall", c.Firewall, Firewall{"weir", Mark{0x57000000, 0xff000000}, "syn", "close"})
+	check("firewall", c.Firewall, Firewall{"weir", Mark{0x57000000, 0xff000000}, "syn", "close", "auto"})
 	check("log", c.Log, Log{"info", "text", Access{"", "common", 1}})
 	check("admin", c.Admin, Admin{"/run/weir/admin.sock", netip.MustParseAddrPort("127.0.0.1:9464")})
 	check("shards of 8 processors", c.ShardCount(8), 4)

@@ -84,7 +84,7 @@ func (p Plan) Of(class Class) Plan {
 // restartKeys are the key paths, with all below them, that a running instance
 // cannot change. Their doc strings say so too.
 var restartKeys = [...]string{
-	"runtime_dir", "source", "queue", "admin", "firewall.table", "firewall.mark", "firewall.inspect",
+	"runtime_dir", "source", "queue", "admin", "firewall.table", "firewall.mark", "firewall.inspect", "firewall.owned",
 }
 
 // drainKeys are the list elements whose removal lets connections finish.
@@ -162,6 +162,7 @@ func (w *planner) value(f *field, a, b reflect.Value, at place) {
 		w.named(f, a, b, at)
 	case f.kind == kindList && (f.elem.typ == typeAddr || f.elem.typ == typeAddrPort):
 		w.set(f, a, b, at)
+	case f.kind == kindList && a.Len() == 0 && b.Len() == 0: // none is none, however it is written
 	case !reflect.DeepEqual(a.Interface(), b.Interface()):
 		w.add(f, Changed, at, written(f, a), written(f, b))
 	}
@@ -330,4 +331,57 @@ func flow(n *yaml.Node) string {
 		s = strings.ToValidUTF8(s[:longestText], "") + " ..."
 	}
 	return s
+}
+
+// WhereNamed is Where for a path with names in place of indexes, as a Change
+// has it.
+func (c *Config) WhereNamed(path string) (file string, line int) {
+	f, v := schema, reflect.ValueOf(c).Elem()
+	key := ""
+	for path != "" && f != nil {
+		if path[0] == '[' {
+			name, rest, _ := strings.Cut(path[1:], "]")
+			i := elementNamed(f, v, name)
+			if i < 0 {
+				break
+			}
+			key = fmt.Sprintf("%s[%d]", key, i)
+			f, v, path = f.elem, v.Index(i), rest
+			continue
+		}
+		path = strings.TrimPrefix(path, ".")
+		n := strings.IndexAny(path, ".[")
+		if n < 0 {
+			n = len(path)
+		}
+		word := path[:n]
+		child := f.child(word)
+		if f.kind == kindFree || child == nil {
+			key = join(key, path) // the keys of a plugin's own configuration
+			break
+		}
+		key = join(key, word)
+		f, v, path = child, v.Field(child.index), path[n:]
+		if f.kind == kindFree {
+			key += path
+			break
+		}
+	}
+	return c.Where(key)
+}
+
+func elementNamed(f *field, v reflect.Value, name string) int {
+	if f.kind != kindList {
+		return -1
+	}
+	for i := range v.Len() {
+		e := v.Index(i)
+		if f.elem.kind == kindSection {
+			e = e.Field(f.elem.fields[0].index)
+		}
+		if fmt.Sprint(e.Interface()) == name {
+			return i
+		}
+	}
+	return -1
 }

@@ -62,12 +62,15 @@ queue: {first: 100}
 firewall: {mark: 0x11000000/0xff000000}
 log: {level: debug}
 `
-	now := parsed(t, planBase)
+	now, then := parsed(t, planBase), parsed(t, next)
 	var got []string
-	for _, c := range Compare(now, parsed(t, next)) {
+	for _, c := range Compare(now, then) {
 		got = append(got, string(c.Class)+" "+c.String())
 		if c.File == "" || c.Line == 0 {
 			t.Errorf("no place: %+v", c)
+		}
+		if file, line := then.WhereNamed(c.Path); c.Action != Removed && (file != c.File || line != c.Line) {
+			t.Errorf("%s stands at line %d, WhereNamed says %s:%d", c.Path, c.Line, file, line)
 		}
 	}
 	want := []string{
@@ -165,12 +168,12 @@ func TestClone(t *testing.T) {
 	now := parsed(t, planBase)
 	c := now.Clone()
 	c.Farms[0].Servers[0].Weight = 9
-	c.Farms[0].Servers = append(c.Farms[0].Servers, Server{Name: "s9", Address: now.Farms[0].Listen[0], Weight: 1})
+	c.Farms[0].Servers = append(c.Farms[0].Servers, Server{Name: "s9", Address: now.Farms[0].Servers[0].Address, Weight: 1})
 	if now.Farms[0].Servers[0].Weight != 1 || len(now.Farms[0].Servers) != 2 {
 		t.Error("the original changed")
 	}
-	if err := c.Check(); err == nil || !strings.Contains(err.Error(), "is the VIP of farm") {
-		t.Errorf("a server that is a VIP: %v", err)
+	if err := c.Check(); err == nil || !strings.Contains(err.Error(), "is given twice") {
+		t.Errorf("a server twice: %v", err)
 	}
 	if err := now.Check(); err != nil {
 		t.Errorf("a good configuration: %v", err)

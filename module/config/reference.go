@@ -5,6 +5,7 @@ package config
 import (
 	"bytes"
 	"fmt"
+	"reflect"
 	"strings"
 )
 
@@ -89,6 +90,9 @@ func (f *field) form() string {
 		}
 		if f.elem.typ == typeAddr {
 			return "list of addresses"
+		}
+		if f.elem.typ == reflect.TypeFor[Prefix]() {
+			return "list of prefixes"
 		}
 		if f.elem.isText() {
 			return "list of words"

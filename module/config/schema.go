@@ -276,6 +276,8 @@ func (f *field) expected() string {
 		return expectPortRange
 	case reflect.TypeFor[Shards]():
 		return expectShards
+	case reflect.TypeFor[Prefix]():
+		return expectPrefix
 	}
 	switch {
 	case f.numeric && f.max != 0:

@@ -5,6 +5,7 @@ package config
 import (
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"slices"
 )
 
@@ -91,6 +92,9 @@ func (v *validator) validate() {
 		v.farm(&v.cfg.Farms[i], key, vips)
 	}
 	v.metrics(vips)
+	if p := v.cfg.Log.Access.Path; p != "" && !filepath.IsAbs(p) {
+		v.fail("log.access.path", fmt.Sprintf("%q is not an absolute path", p), "an absolute path")
+	}
 	v.unsupported()
 }
 
@@ -248,9 +252,34 @@ func (v *validator) farm(f *Farm, key string, vips map[netip.AddrPort]vip) {
 	v.pool(&f.Pool, key+".pool")
 	v.duration(key+".timeouts.connect", f.Timeouts.Connect)
 	v.duration(key+".timeouts.head", f.Timeouts.Head)
+	v.duration(key+".timeouts.body", f.Timeouts.Body)
 	v.duration(key+".timeouts.idle", f.Timeouts.Idle)
+	v.duration(key+".timeouts.tunnel", f.Timeouts.Tunnel)
 	v.duration(key+".timeouts.response", f.Timeouts.Response)
 	v.duration(key+".timeouts.drain", f.Timeouts.Drain)
+	v.limits(&f.Limits, key+".limits")
+}
+
+// limits checks that the sizes fit into what the scanners count with, and that
+// what a client may have to hold stays bounded.
+func (v *validator) limits(l *Limits, key string) {
+	for _, s := range []struct {
+		name      string
+		size, max ByteSize
+	}{
+		{"head", l.Head, 1 << 20}, {"target", l.Target, 65535},
+		{"chunk_extension", l.ChunkExtension, 65535}, {"trailers", l.Trailers, 1 << 20},
+	} {
+		if s.size > s.max {
+			v.fail(key+"."+s.name, s.size.String()+" is too large", "at most "+s.max.String())
+		}
+	}
+	if _, written := lookup(v.at, key+".target"); !written {
+		l.Target = min(l.Target, l.Head-1)
+	}
+	if l.Target >= l.Head {
+		v.fail(key+".target", fmt.Sprintf("a target of %s does not fit into a head of %s", l.Target, l.Head), "less than limits.head")
+	}
 }
 
 func (v *validator) servers(f *Farm, key string, vips map[netip.AddrPort]vip) {
@@ -270,7 +299,8 @@ func (v *validator) servers(f *Farm, key string, vips map[netip.AddrPort]vip) {
 		} else {
 			addrs[s.Address] = at + ".address"
 		}
-		if vip, ok := vips[s.Address]; ok {
+		// In its own farm a server may be its own VIP, behind the router.
+		if vip, ok := vips[s.Address]; ok && vip.farm != f.Name {
 			v.fail(at+".address", fmt.Sprintf("%s is the VIP of farm %q", s.Address, vip.farm), "a server's own address (the VIP is at "+v.where(vip.key)+")")
 		}
 		if v.isSourcePort(s.Address) {
@@ -397,11 +427,7 @@ func (v *validator) unsupported() {
 	for _, u := range []struct {
 		key, value, expected string
 		set                  bool
-	}{
-		{"firewall.inspect", "all", "syn", v.cfg.Firewall.Inspect == "all"},
-		{"firewall.on_stop", "direct", "close", v.cfg.Firewall.OnStop == "direct"},
-		{"log.access.path", v.cfg.Log.Access.Path, "no access log", v.cfg.Log.Access.Path != ""},
-	} {
+	}{} {
 		if u.set {
 			v.fail(u.key, fmt.Sprintf("%q is not supported in this version", u.value), u.expected)
 		}

@@ -244,6 +244,45 @@ func (p *PortRange) UnmarshalText(t []byte) error {
 	return nil
 }
 
+// Prefix is a network of addresses.
+type Prefix netip.Prefix
+
+const expectPrefix = "a prefix such as 192.0.2.0/24 or 2001:db8::/32, or one address"
+
+// Netip returns the prefix as the standard library has it.
+func (p Prefix) Netip() netip.Prefix { return netip.Prefix(p) }
+
+// String returns ADDRESS/BITS.
+func (p Prefix) String() string { return netip.Prefix(p).String() }
+
+// MarshalText writes what UnmarshalText reads.
+func (p Prefix) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
+
+// UnmarshalText reads ADDRESS/BITS or an address alone. Bits of the address
+// beyond the length are refused: one of the two is a slip.
+func (p *Prefix) UnmarshalText(t []byte) error {
+	s := string(t)
+	if a, err := netip.ParseAddr(s); err == nil {
+		if err := checkAddr(a, expectPrefix); err != nil {
+			return err
+		}
+		*p = Prefix(netip.PrefixFrom(a, a.BitLen()))
+		return nil
+	}
+	n, err := netip.ParsePrefix(s)
+	if err != nil {
+		return badValue(s, expectPrefix)
+	}
+	if err := checkAddr(n.Addr(), expectPrefix); err != nil {
+		return err
+	}
+	if n != n.Masked() {
+		return &valueError{fmt.Sprintf("%s has bits beyond its length", n), n.Masked().String()}
+	}
+	*p = Prefix(n)
+	return nil
+}
+
 // Shards is a number of shards, or ShardsAuto.
 type Shards int
 

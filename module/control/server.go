@@ -42,6 +42,7 @@ type Listener struct {
 	inode    os.FileInfo // of the socket that this Listener made
 	madeDir  bool
 	http     http.Server
+	ending   chan struct{} // closed at the stop, for answers without an end
 }
 
 // Listen makes the socket, replacing one that a dead instance left. The error
@@ -59,23 +60,8 @@ func Listen(path string, p Provider) (*Listener, error) {
 		s.removeDir()
 		return nil, err
 	}
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
-		st, err := p.Status(r.Context())
-		if err != nil {
-			answerError(w, http.StatusInternalServerError, err.Error())
-			return
-		}
-		answer(w, http.StatusOK, st)
-	})
-	mux.HandleFunc("/v1/status", func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Allow", "GET, HEAD")
-		answerError(w, http.StatusMethodNotAllowed, r.Method+" is not possible here; use GET")
-	})
-	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		answerError(w, http.StatusNotFound, "there is no "+r.URL.Path+" in this version of the control API")
-	})
-	s.http = http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute}
+	s.ending = make(chan struct{})
+	s.http = http.Server{Handler: routes(p, s.ending), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute}
 	return s, nil
 }
 
@@ -144,6 +130,7 @@ func (s *Listener) Serve(ctx context.Context) error {
 	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(stopped)
+		close(s.ending)
 		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), goodbye)
 		defer cancel()
 		if s.http.Shutdown(end) != nil {

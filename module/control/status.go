@@ -95,11 +95,11 @@ func Farms(db *farm.DB) []Farm {
 	for _, f := range db.Farms {
 		c := countFarm(f)
 		for _, s := range f.Servers {
-			c.Servers = append(c.Servers, countServer(s))
+			c.Servers = append(c.Servers, CountServer(s))
 		}
 		for _, s := range db.Draining {
 			if s.Farm == f {
-				c.Servers = append(c.Servers, countServer(s))
+				c.Servers = append(c.Servers, CountServer(s))
 			}
 		}
 		out = append(out, c)
@@ -108,7 +108,7 @@ func Farms(db *farm.DB) []Farm {
 		c := countFarm(f)
 		for _, s := range db.Draining {
 			if s.Farm == f {
-				c.Servers = append(c.Servers, countServer(s))
+				c.Servers = append(c.Servers, CountServer(s))
 			}
 		}
 		out = append(out, c)
@@ -138,7 +138,8 @@ func countFarm(f *farm.Farm) Farm {
 	return c
 }
 
-func countServer(s *farm.Server) Server {
+// CountServer reads the counters of one server.
+func CountServer(s *farm.Server) Server {
 	c := Server{
 		Name: s.Name, Address: s.Endpoint.String(), Weight: int(s.Weight), Backup: s.Backup,
 		State: snapshot.State(s.Live.State.Load()).String(),

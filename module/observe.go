@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package module
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/weirgate/weir/module/control"
+	"github.com/weirgate/weir/module/engine"
+	"github.com/weirgate/weir/module/farm"
+	"github.com/weirgate/weir/plugins/host"
+)
+
+// observePace is how often counters are looked at for what an operator should
+// hear of. Packets make no events themselves.
+const observePace = time.Second
+
+// telling are the engine's reasons that become events when they are counted.
+var telling = [...]engine.Reason{
+	engine.ReasonTableFull, engine.ReasonNoPort, engine.ReasonWaitingFull, engine.ReasonBadResponse,
+	engine.ReasonExtraBytes, engine.ReasonIdleBytes, engine.ReasonAckCausality, engine.ReasonTruncatedResponse,
+}
+
+// observer remembers what was counted at the last look.
+type observer struct {
+	m       *Module
+	failed  map[uint16][farm.FailKinds]uint64 // by farm.Server.ID
+	refused map[uint16]uint64                 // by farm.Farm.ID
+	reasons [engine.Reasons]uint64
+	plugins map[string]host.State
+}
+
+// observe makes events of counters that moved, until ctx ends.
+func (m *Module) observe(ctx context.Context) {
+	o := &observer{m: m, failed: map[uint16][farm.FailKinds]uint64{}, refused: map[uint16]uint64{}, plugins: map[string]host.State{}}
+	for _, p := range m.host.Status() {
+		o.plugins[p.Plugin] = p.State
+	}
+	t := time.NewTicker(observePace)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+			o.look()
+		}
+	}
+}
+
+func (o *observer) look() {
+	db := o.m.db.Load()
+	for _, f := range db.Farms {
+		n := f.Stats.WaitRefused.Load() + f.Stats.WaitTimedOut.Load()
+		if more := n - o.refused[f.ID]; more > 0 && n > o.refused[f.ID] {
+			o.m.event(control.Event{
+				Name: control.EventFarmWaits, Level: control.LevelWarn, Farm: f.Name, Count: more,
+				Text: fmt.Sprintf("farm %s: %d requests were refused because they found no server connection in time", f.Name, more),
+			})
+		}
+		o.refused[f.ID] = n
+		for _, s := range f.Servers {
+			o.server(f, s)
+		}
+	}
+	for _, r := range telling {
+		var n uint64
+		for _, s := range o.m.shards {
+			if s.role == roleShard {
+				n += s.engine.Count.Get(r)
+			}
+		}
+		if more := n - o.reasons[r]; more > 0 {
+			o.m.event(control.Event{Name: r.String(), Level: control.LevelWarn, Count: more, Text: fmt.Sprintf("%s: %d times", r, more)})
+		}
+		o.reasons[r] = n
+	}
+	for _, p := range o.m.host.Status() {
+		if was, known := o.plugins[p.Plugin]; was != p.State {
+			o.plugin(&p, known)
+		}
+		o.plugins[p.Plugin] = p.State
+	}
+}
+
+func (o *observer) server(f *farm.Farm, s *farm.Server) {
+	was := o.failed[s.ID]
+	var now [farm.FailKinds]uint64
+	for k := range now {
+		now[k] = s.Stats.Failed[k].Load()
+		if more := now[k] - was[k]; more > 0 {
+			o.m.event(control.Event{
+				Name: control.EventServerFailed, Level: control.LevelWarn, Farm: f.Name, Server: s.Name, Count: more,
+				Text: fmt.Sprintf("server %s of farm %s failed %d times: %s", s.Name, f.Name, more, farm.FailKind(k)),
+			})
+		}
+	}
+	o.failed[s.ID] = now
+}
+
+func (o *observer) plugin(p *host.Status, known bool) {
+	ev := control.Event{Name: control.EventPlugin, Plugin: p.Plugin, Text: fmt.Sprintf("plugin %s is %s", p.Plugin, p.State)}
+	switch {
+	case p.State == host.StateUp:
+	case !known && p.State == host.StateStarting:
+		return
+	default:
+		ev.Level = control.LevelWarn
+		if p.LastError != "" {
+			ev.Text += ": " + p.LastError
+		}
+	}
+	o.m.event(ev)
+}
