@@ -38,17 +38,44 @@ type Hooks struct {
 	// is removed.
 	Run func(ctx context.Context, in Instance) error
 
-	// Demo runs a scene of the demonstration ("" is the first).
-	Demo func(ctx context.Context, scene string, out io.Writer) error
+	// Demo runs a scene of the demonstration ("" is all of them).
+	Demo func(ctx context.Context, o DemoOptions, out io.Writer) error
+
+	// DemoServer is a server of the demonstration, in a process of its own.
+	DemoServer func(ctx context.Context, addr string) error
 
 	// Cleanup removes what a killed instance of this configuration left, and
 	// says what it removed.
 	Cleanup func(ctx context.Context, cfg *config.Config, out io.Writer) error
 
+	// Doctor looks at this host and reports what is in the way of an instance
+	// of this configuration.
+	Doctor func(ctx context.Context, cfg *config.Config) ([]Finding, error)
+
+	// Replay runs a capture through an engine of this configuration.
+	Replay func(ctx context.Context, cfg *config.Config, capture io.Reader, out io.Writer, asJSON bool) error
+
 	// CheckPlugins asks the plugins of a configuration about theirs. The error
 	// may be a config.Errors. Without it, check looks at files alone.
 	CheckPlugins func(ctx context.Context, cfg *config.Config) error
 }
+
+// Finding is one result of Doctor.
+type Finding struct {
+	Check   string `json:"check"`         // what was looked at, one word
+	Level   string `json:"level"`         // ok, note, warn or fail
+	Text    string `json:"text"`          // what was found, in a sentence
+	Why     string `json:"why,omitempty"` // what it means
+	Command string `json:"command,omitempty"`
+}
+
+// Levels of a Finding.
+const (
+	LevelOK   = "ok"
+	LevelNote = "note" // worth knowing, nothing to do
+	LevelWarn = "warn" // works, but not for all or not for long
+	LevelFail = "fail" // an instance does not start, or serves nobody
+)
 
 // Instance is what Run gets.
 type Instance struct {
@@ -56,6 +83,11 @@ type Instance struct {
 	Layers  config.LoadOptions // to read the configuration again
 	Log     *slog.Logger
 	Version string
+
+	// Reread returns the layers anew: files may have come to /etc.
+	Reread func() config.LoadOptions
+	// Relog has Log follow another configuration.
+	Relog func(config.Log)
 }
 
 // codeError is an error with the exit code that it stands for. Errors without
@@ -150,8 +182,16 @@ func (a *app) root() *cobra.Command {
 			return &codeError{code: ExitUsage}
 		},
 	}
-	root.CompletionOptions.HiddenDefaultCmd = true
-	root.AddCommand(a.checkCommand(), a.statusCommand(), a.versionCommand())
+	root.AddCommand(
+		a.checkCommand(), a.statusCommand(), a.farmsCommand(), a.serversCommand(), a.poolCommand(), a.flowsCommand(),
+		a.eventsCommand(), a.traceCommand(), a.topCommand(), a.reloadCommand(), a.rulesCommand(), a.versionCommand(), a.manCommand(),
+	)
+	if a.hooks.Doctor != nil {
+		root.AddCommand(a.doctorCommand())
+	}
+	if a.hooks.Replay != nil {
+		root.AddCommand(a.replayCommand())
+	}
 	if a.hooks.Run != nil {
 		root.AddCommand(a.runCommand())
 	}

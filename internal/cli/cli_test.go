@@ -45,8 +45,8 @@ var testHooks = Hooks{
 		in.Log.Warn("running", "first", in.Config.Queue.First)
 		return nil
 	},
-	Demo: func(_ context.Context, scene string, out io.Writer) error {
-		_, err := fmt.Fprintln(out, "scene", scene)
+	Demo: func(_ context.Context, o DemoOptions, out io.Writer) error {
+		_, err := fmt.Fprintln(out, "scene", o.Scene)
 		return err
 	},
 	Cleanup: func(_ context.Context, cfg *config.Config, out io.Writer) error {

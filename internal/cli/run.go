@@ -4,8 +4,6 @@ package cli
 
 import (
 	"errors"
-	"io"
-	"log/slog"
 
 	"github.com/spf13/cobra"
 
@@ -22,29 +20,20 @@ func (a *app) runCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			log, relog := SwitchedLogger(cfg.Log, a.err)
 			err = a.hooks.Run(cmd.Context(), Instance{
-				Config: cfg, Layers: layers, Log: Logger(cfg.Log, a.err), Version: Version(),
+				Config: cfg, Layers: layers, Log: log, Version: Version(),
+				Reread: func() config.LoadOptions {
+					again, _ := a.layers() // The flags are right: they were read before.
+					return again
+				},
+				Relog: relog,
 			})
 			return hookError(err)
 		},
 	}
 	a.configFlags(cmd)
 	return cmd
-}
-
-func (a *app) demoCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:   "demo [SCENE]",
-		Short: "Show how it works, live, in network namespaces of its own (needs root)",
-		Args:  cobra.MaximumNArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			scene := ""
-			if len(args) > 0 {
-				scene = args[0]
-			}
-			return hookError(a.hooks.Demo(cmd.Context(), scene, a.out))
-		},
-	}
 }
 
 func (a *app) cleanupCommand() *cobra.Command {
@@ -75,17 +64,4 @@ func hookError(err error) error {
 		return loadError(err)
 	}
 	return failed(err)
-}
-
-// Logger returns the program log that the configuration asks for.
-func Logger(c config.Log, w io.Writer) *slog.Logger {
-	var level slog.Level
-	if err := level.UnmarshalText([]byte(c.Level)); err != nil {
-		level = slog.LevelInfo // Load has checked it; the zero Config has none.
-	}
-	opts := &slog.HandlerOptions{Level: level}
-	if c.Format == "json" {
-		return slog.New(slog.NewJSONHandler(w, opts))
-	}
-	return slog.New(slog.NewTextHandler(w, opts))
 }

@@ -12,8 +12,11 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/weirgate/weir/integration/demo"
 	"github.com/weirgate/weir/internal/cli"
@@ -25,19 +28,42 @@ import (
 
 // All are the hooks of the weir command.
 func All() cli.Hooks {
-	return cli.Hooks{Run: run, Demo: show, Cleanup: cleanup, CheckPlugins: checkPlugins}
+	return cli.Hooks{Run: run, Doctor: examine, Replay: replayCapture, Demo: show, DemoServer: demo.Serve, Cleanup: cleanup, CheckPlugins: checkPlugins}
 }
 
 func run(ctx context.Context, in cli.Instance) error {
-	m, err := module.New(in.Config, module.Options{Log: in.Log, Version: in.Version})
+	boss := findSupervisor()
+	m, err := module.New(in.Config, module.Options{
+		Log: in.Log, Version: in.Version, Layers: in.Reread,
+		Applied: func(c *config.Config) { in.Relog(c.Log) },
+		Ready:   func() { boss.ready(in.Log, "serving") },
+	})
 	if err != nil {
-		return located(in.Config, err)
+		return module.Locate(in.Config, err)
 	}
-	return located(in.Config, m.Run(ctx))
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, unix.SIGHUP)
+	go func() {
+		for range hup {
+			m.ReopenLogs()
+			if _, err := m.ReloadFiles(ctx, "SIGHUP"); err != nil && ctx.Err() == nil {
+				in.Log.Error("reload", "error", err)
+			}
+		}
+	}()
+	defer close(hup)
+	defer signal.Stop(hup)
+	// The signs of life go on while it stops, which may take longer than the
+	// service manager's patience.
+	living, dead := context.WithCancel(context.WithoutCancel(ctx))
+	defer dead()
+	go boss.watch(living, in.Log, m.Alive)
+	defer context.AfterFunc(ctx, func() { boss.stopping(in.Log) })()
+	return module.Locate(in.Config, m.Run(ctx))
 }
 
-func show(ctx context.Context, scene string, out io.Writer) error {
-	return demo.Run(ctx, out, scene, demo.Options{})
+func show(ctx context.Context, o cli.DemoOptions, out io.Writer) error {
+	return demo.Run(ctx, out, o.Scene, demo.Options{Keep: o.Keep, IPv6: o.IPv6, Pcap: o.Pcap})
 }
 
 // checkTime bounds a check of plugins: they are local programs.
@@ -48,75 +74,7 @@ func checkPlugins(ctx context.Context, cfg *config.Config) error {
 	defer cancel()
 	h := host.New(host.Options{Log: slog.New(slog.DiscardHandler)})
 	plugins, farms := module.PluginSpecs(cfg)
-	return located(cfg, h.CheckConfig(ctx, plugins, farms))
-}
-
-// located gives the errors of plugins about their configuration the file and
-// line that they speak of.
-func located(cfg *config.Config, err error) error {
-	var list config.Errors
-	for _, e := range flatten(err) {
-		var ce *host.ConfigError
-		var se *host.SpecError
-		switch {
-		case errors.As(e, &ce):
-			key := policyKey(cfg, ce.Farm, ce.Plugin, ce.Path)
-			file, line := cfg.Where(key)
-			list = append(list, &config.Error{File: file, Line: line, Key: key, Problem: fmt.Sprintf("plugin %s: %s", ce.Plugin, ce.Message)})
-		case errors.As(e, &se):
-			key := "plugins"
-			for i := range cfg.Plugins {
-				if cfg.Plugins[i].Name == se.Plugin {
-					key = fmt.Sprintf("plugins[%d]", i)
-				}
-			}
-			file, line := cfg.Where(key)
-			list = append(list, &config.Error{File: file, Line: line, Key: key, Problem: fmt.Sprintf("plugin %s: %s", se.Plugin, se.Message)})
-		default:
-			return err
-		}
-	}
-	if len(list) == 0 {
-		return err
-	}
-	return list
-}
-
-// policyKey is the key path of a policy's own configuration: the farm's entry
-// where it has the key, else the plugin's.
-func policyKey(cfg *config.Config, farm, plugin, path string) string {
-	for i := range cfg.Farms {
-		if cfg.Farms[i].Name != farm {
-			continue
-		}
-		for j := range cfg.Farms[i].Policies {
-			if cfg.Farms[i].Policies[j].Use == plugin {
-				return join(fmt.Sprintf("farms[%d].policies[%d]", i, j), path)
-			}
-		}
-	}
-	return join("plugins", path)
-}
-
-func join(key, path string) string {
-	if path == "" {
-		return key
-	}
-	return key + "." + path
-}
-
-func flatten(err error) []error {
-	if err == nil {
-		return nil
-	}
-	if many, ok := err.(interface{ Unwrap() []error }); ok {
-		var out []error
-		for _, e := range many.Unwrap() {
-			out = append(out, flatten(e)...)
-		}
-		return out
-	}
-	return []error{err}
+	return module.Locate(cfg, h.CheckConfig(ctx, plugins, farms))
 }
 
 // cleanup removes what a killed instance left.

@@ -32,7 +32,7 @@ var rules = []rule{
 	{dirs: []string{"plugins"}, may: []string{"policies"}, tests: []string{"plugins/host"}},
 	{dirs: []string{"nft"}, may: []string{"nft", "module/packet"}, tests: []string{"integration/lab"}},
 	{dirs: []string{"module/config"}, may: nil},
-	{dirs: []string{"module/farm"}, may: []string{"module/packet", "policies/snapshot"}},
+	{dirs: []string{"module/farm"}, may: []string{"module/packet", "module/http1", "policies/snapshot"}},
 	{dirs: []string{"module/flowstore", "module/splice"}, may: []string{"module/packet", "module/http1", "module/flowstore", "module/splice"}},
 	{dirs: []string{"module/pool"}, may: []string{"module/packet", "module/farm", "module/flowstore", "module/splice", "policies/snapshot"}},
 	{dirs: []string{"module/engine"}, may: []string{"module/packet", "module/http1", "module/farm", "module/flowstore", "module/splice", "module/pool", "policies/snapshot"}},
