@@ -109,6 +109,7 @@ type Conn struct {
 	mss      int   // payload bytes per segment sent
 	snd, rcv uint8 // window shifts: the peer's and ours
 	scaleOK  bool
+	synced   bool
 	sackOK   bool
 
 	// sending
@@ -227,19 +228,22 @@ func (c *Conn) Received() uint64 {
 // PeerFIN reports whether the peer's FIN came in order.
 func (c *Conn) PeerFIN() bool { return c.finAt != 0 && c.next > c.finAt }
 
+// Synchronised reports whether the peer's SYN came, so that IRS is known.
+func (c *Conn) Synchronised() bool { return c.synced }
+
 // Scale is the shift that the peer applies to our windows and we announce, 0
 // where it was not agreed on.
 func (c *Conn) Scale() uint8 { return c.rcv }
 
 // Write appends to the stream. The memory of b is kept.
-func (c *Conn) Write(b []byte) { c.WriteSource(Bytes(b), uint64(len(b))) }
+func (c *Conn) Write(b []byte) { c.WriteSource(Bytes(b), 0, uint64(len(b))) }
 
-// WriteSource appends n bytes of a source to the stream.
-func (c *Conn) WriteSource(src Source, n uint64) {
+// WriteSource appends n bytes of a source, from off on, to the stream.
+func (c *Conn) WriteSource(src Source, off, n uint64) {
 	if c.fin || c.st == Closed {
 		return
 	}
-	c.buf.write(c.end, src, n)
+	c.buf.write(c.end, src, off, n)
 	c.end += n
 	c.flush()
 }
@@ -384,3 +388,13 @@ func (c *Conn) Timer() {
 	}
 	c.flush()
 }
+
+// Options returns the connection's habits.
+func (c *Conn) Options() *Options { return &c.opt }
+
+// PeerScaled reports whether window scales were agreed on, so that windows in
+// both directions are shifted.
+func (c *Conn) PeerScaled() bool { return c.scaleOK }
+
+// FINSent reports whether this end has ended its stream.
+func (c *Conn) FINSent() bool { return c.fin }

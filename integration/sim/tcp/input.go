@@ -145,7 +145,7 @@ func (c *Conn) synSent(p *packet.TCP, fl packet.Flags) {
 // take reads what the peer's SYN offers.
 func (c *Conn) take(p *packet.TCP) {
 	o := p.SYNOptions()
-	c.irs = uint32(p.Seq())
+	c.irs, c.synced = uint32(p.Seq()), true
 	c.next = 1
 	c.edge = max(c.edge, 1)
 	if o.MSS != 0 {

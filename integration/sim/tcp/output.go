@@ -139,6 +139,12 @@ func (c *Conn) timeout() {
 	c.recovery, c.dups, c.again = false, 0, 0
 	c.recover = c.top
 	c.nxt = c.una
+	if _, reneged := c.sacked.At(c.una); reneged {
+		// What was reported as received is not acknowledged after all this
+		// time: the reports are worth nothing (RFC 2018 section 8; Linux:
+		// tcp_timeout_mark_lost).
+		c.sacked = c.sacked[:0]
+	}
 	c.first(c.mss)
 }
 

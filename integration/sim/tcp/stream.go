@@ -25,9 +25,9 @@ type piece struct {
 // stream is what an endpoint has written and the peer not acknowledged.
 type stream struct{ pieces []piece }
 
-func (s *stream) write(at uint64, src Source, n uint64) {
+func (s *stream) write(at uint64, src Source, off, n uint64) {
 	if n > 0 {
-		s.pieces = append(s.pieces, piece{from: at, to: at + n, src: src})
+		s.pieces = append(s.pieces, piece{from: at, to: at + n, src: src, off: off})
 	}
 }
 
