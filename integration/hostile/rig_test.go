@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package hostile
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/weirgate/weir/integration/lab"
+	"github.com/weirgate/weir/internal/require"
+)
+
+// built is the directory that binaries were built into, removed at the end.
+var built struct {
+	once sync.Once
+	dir  string
+	err  error
+}
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if built.dir != "" {
+		_ = os.RemoveAll(built.dir)
+	}
+	os.Exit(code)
+}
+
+// binary returns the path of the weir executable.
+func binary(t testing.TB) string {
+	t.Helper()
+	if dir := os.Getenv("WEIR_BIN"); dir != "" {
+		abs, err := filepath.Abs(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(abs, "weir")
+		if _, err := os.Stat(path); err != nil {
+			t.Fatalf("WEIR_BIN: %v", err)
+		}
+		return path
+	}
+	gotool := require.Tool(t, "go")
+	built.once.Do(func() {
+		if built.dir, built.err = os.MkdirTemp("", "weir-hostile-bin-"); built.err != nil {
+			return
+		}
+		if built.err = os.Chmod(built.dir, 0o755); built.err != nil {
+			return
+		}
+		out, err := exec.Command(gotool, "build", "-o", filepath.Join(built.dir, "weir"), "github.com/weirgate/weir/cmd/weir").CombinedOutput()
+		if err != nil {
+			built.err = fmt.Errorf("go build: %w\n%s", err, out)
+		}
+	})
+	if built.err != nil {
+		t.Fatal(built.err)
+	}
+	return filepath.Join(built.dir, "weir")
+}
+
+// A rig is a farm with weir on its router.
+type rig struct {
+	*lab.Farm
+	t     *testing.T
+	weir  *lab.Weir
+	farms int // more farms, each on a port of its own
+}
+
+// vip and server are the addresses of the n-th of these.
+func (r *rig) vip(n int) string {
+	return netip.AddrPortFrom(r.VIP().Addr(), uint16(8000+n)).String()
+}
+func (r *rig) server(n int) string {
+	return netip.AddrPortFrom(r.ServerAddr(0), uint16(9000+n)).String()
+}
+
+// newRig builds the standard topology and skips the test where that is
+// impossible. Everything goes away with the test.
+func newRig(t *testing.T, o lab.FarmOptions) *rig {
+	t.Helper()
+	require.NFQueue(t)
+	l, err := lab.New("weirhostile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := l.Close(); err != nil {
+			t.Errorf("close the lab: %v", err)
+		}
+	})
+	o.NoIPv6 = true
+	f, err := l.Farm(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &rig{Farm: f, t: t}
+}
+
+// start runs weir with a pool section and more lines at top level, and waits
+// until it is ready. What it wrote is shown when the test fails.
+func (r *rig) start(pool, extra string) {
+	r.t.Helper()
+	bin := binary(r.t)
+	dir, err := r.Lab.Subdir("weir")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	run, err := r.Lab.Subdir("weir/run")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	c := lab.ConfigOptions{Dir: run, Pool: pool, Extra: extra}
+	text := r.Config(c)
+	for i := range r.farms {
+		text = strings.Replace(text, "\nfarms:\n", fmt.Sprintf("\nfarms:\n  - {name: w%d, listen: %q, protocol: http, servers: [{name: s1, address: %q}]}\n",
+			i, r.vip(i), r.server(i)), 1)
+	}
+	w, err := lab.StartWeir(within(r.t, 30*time.Second), r.Router, lab.WeirOptions{Binary: bin, Config: text, Dir: dir, Socket: c.Socket()})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.weir = w
+	r.t.Cleanup(func() {
+		if r.t.Failed() {
+			r.t.Logf("weir (process %d) wrote:\n%s", w.Proc.Pid(), w.Log())
+		}
+	})
+}
+
+// stop ends weir by SIGTERM, which must succeed.
+func (r *rig) stop() {
+	r.t.Helper()
+	code, err := r.weir.Stop(within(r.t, 30*time.Second))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	if code != 0 {
+		r.t.Errorf("exit code %d after SIGTERM, want 0", code)
+	}
+}
+
+// counts is the part of weir's status that these tests read.
+type counts struct {
+	ClientConnections uint64 `json:"client_connections"`
+	Requests          uint64 `json:"requests"`
+	OwnAnswers        uint64 `json:"own_answers"`
+	Redispatched      uint64 `json:"redispatched"`
+	Opened            uint64 `json:"opened"`
+	Reused            uint64 `json:"reused"`
+	Waiting           int    `json:"waiting"`
+	Servers           []struct {
+		Open   int               `json:"open"`
+		Closed map[string]uint64 `json:"closed"`
+	} `json:"servers"`
+}
+
+// counts asks weir for its state and adds up its farms.
+func (r *rig) counts() counts {
+	r.t.Helper()
+	raw, err := r.weir.Status(within(r.t, 10*time.Second))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	var st struct{ Farms []counts }
+	if err := json.Unmarshal(raw, &st); err != nil {
+		r.t.Fatal(err)
+	}
+	var all counts
+	for _, f := range st.Farms {
+		all.ClientConnections += f.ClientConnections
+		all.Requests += f.Requests
+		all.OwnAnswers += f.OwnAnswers
+		all.Redispatched += f.Redispatched
+		all.Opened += f.Opened
+		all.Reused += f.Reused
+		all.Waiting += f.Waiting
+		all.Servers = append(all.Servers, f.Servers...)
+	}
+	return all
+}
+
+// lossy has a host lose one packet in a hundred, in both directions.
+func (r *rig) lossy(h *lab.Host) {
+	r.t.Helper()
+	require.Tool(r.t, "nft")
+	_, err := h.Run(within(r.t, 10*time.Second), "nft", `table inet loss {
+	chain in { type filter hook input priority -300; meta l4proto tcp numgen random mod 100 == 0 counter drop; }
+	chain out { type filter hook output priority -300; meta l4proto tcp numgen random mod 100 == 0 counter drop; }
+}`)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// lost counts the packets that a lossy host has lost.
+func (r *rig) lost(h *lab.Host) (n int) {
+	r.t.Helper()
+	out, err := h.Run(within(r.t, 10*time.Second), "nft", "list", "table", "inet", "loss")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	for _, m := range regexp.MustCompile(`counter packets (\d+)`).FindAllSubmatch(out, -1) {
+		k, _ := strconv.Atoi(string(m[1]))
+		n += k
+	}
+	return n
+}
+
+// within returns a context that ends with the test or after d.
+func within(t testing.TB, d time.Duration) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), d)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// until waits for a condition and fails the test when it does not come.
+func until(t testing.TB, d time.Duration, what string, cond func() bool) {
+	t.Helper()
+	ctx := within(t, d)
+	for !cond() {
+		select {
+		case <-ctx.Done():
+			t.Fatalf("still waiting for: %s", what)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// seed returns the seed of a random test, printed, and taken from WEIR_SEED
+// when that is set.
+func seed(t *testing.T) uint64 {
+	t.Helper()
+	s := rand.Uint64()
+	if v := os.Getenv("WEIR_SEED"); v != "" {
+		n, err := strconv.ParseUint(v, 10, 64)
+		if err != nil {
+			t.Fatalf("WEIR_SEED: %v", err)
+		}
+		s = n
+	}
+	t.Logf("WEIR_SEED=%d", s)
+	return s
+}
