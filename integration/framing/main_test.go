@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package framing
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/weirgate/weir/integration/lab"
+	"github.com/weirgate/weir/internal/require"
+	"github.com/weirgate/weir/module/control"
+)
+
+// soak says whether the tests run in their full sizes.
+var soak = os.Getenv("WEIR_SOAK") != ""
+
+// size is how many of something a test does: in continuous integration, and
+// in a soak.
+func size(ci, full int) int {
+	if soak {
+		return full
+	}
+	return ci
+}
+
+// seeded returns a random source and writes its seed down. WEIR_SEED replays.
+func seeded(t *testing.T) *rand.Rand {
+	t.Helper()
+	seed := rand.Uint64()
+	if s := os.Getenv("WEIR_SEED"); s != "" {
+		n, err := strconv.ParseUint(s, 10, 64)
+		if err != nil {
+			t.Fatalf("WEIR_SEED: %v", err)
+		}
+		seed = n
+	}
+	t.Logf("WEIR_SEED=%d", seed)
+	return rand.New(rand.NewPCG(seed, 1))
+}
+
+// built is the directory that binaries were built into, removed at the end.
+var built struct {
+	once sync.Once
+	dir  string
+	err  error
+}
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if built.dir != "" {
+		_ = os.RemoveAll(built.dir)
+	}
+	os.Exit(code)
+}
+
+// executable returns the path of the weir executable.
+func executable(t testing.TB) string {
+	t.Helper()
+	if dir := os.Getenv("WEIR_BIN"); dir != "" {
+		abs, err := filepath.Abs(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(abs, "weir")
+		if _, err := os.Stat(path); err != nil {
+			t.Fatalf("WEIR_BIN: %v", err)
+		}
+		return path
+	}
+	gotool := require.Tool(t, "go")
+	built.once.Do(func() {
+		if built.dir, built.err = os.MkdirTemp("", "weir-framing-bin-"); built.err != nil {
+			return
+		}
+		plugins := filepath.Join(built.dir, "plugins")
+		if built.err = os.MkdirAll(plugins, 0o755); built.err != nil {
+			return
+		}
+		if built.err = os.Chmod(built.dir, 0o755); built.err != nil {
+			return
+		}
+		for _, b := range [][2]string{
+			{filepath.Join(built.dir, "weir"), "github.com/weirgate/weir/cmd/weir"},
+			{filepath.Join(plugins, "path"), "github.com/weirgate/weir/plugins/path"},
+		} {
+			if out, err := exec.Command(gotool, "build", "-o", b[0], b[1]).CombinedOutput(); err != nil {
+				built.err = fmt.Errorf("go build %s: %w\n%s", b[1], err, out)
+				return
+			}
+		}
+	})
+	if built.err != nil {
+		t.Fatal(built.err)
+	}
+	return filepath.Join(built.dir, "weir")
+}
+
+// A farmText is one farm of a configuration.
+type farmText struct {
+	name    string
+	port    uint16   // of the VIP
+	servers []string // addresses
+	extra   string   // more keys, each line with four spaces before it
+}
+
+// A rig is the standard topology with weir on its router.
+type rig struct {
+	*lab.Farm
+	t    *testing.T
+	weir *lab.Weir
+	wire *lab.Capture // between weir and the servers
+}
+
+// newRig builds the topology and skips the test where that is impossible.
+func newRig(t *testing.T, servers int) *rig {
+	t.Helper()
+	require.NFQueue(t)
+	l, err := lab.New("weirframe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := l.Close(); err != nil {
+			t.Errorf("close the lab: %v", err)
+		}
+	})
+	r := &rig{t: t}
+	if r.Farm, err = l.Farm(lab.FarmOptions{Servers: servers, NoIPv6: true}); err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// start runs weir over these farms and waits until it is ready.
+func (r *rig) start(farms ...farmText) {
+	r.t.Helper()
+	bin := executable(r.t)
+	dir, err := r.Lab.Subdir("weir")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	run, err := r.Lab.Subdir("weir/run")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "runtime_dir: %q\nstop_timeout: 1s\nsource: {addresses: [%s]}\nfarms:\n", run, r.SNIP())
+	for _, f := range farms {
+		fmt.Fprintf(&b, "  - name: %s\n    listen: \"%s\"\n    servers:\n", f.name, r.vip(f.port))
+		for i, s := range f.servers {
+			fmt.Fprintf(&b, "      - {name: s%d, address: \"%s\"}\n", i+1, s)
+		}
+		b.WriteString(f.extra)
+	}
+	socket := filepath.Join(run, "admin.sock")
+	fmt.Fprintf(&b, "admin: {socket: %q, metrics: \"\"}\n", socket)
+	if r.wire, err = r.Router.CaptureOn(lab.CaptureOptions{Buffer: 128 << 20}, r.ServerLeg); err != nil {
+		r.t.Fatal(err)
+	}
+	r.weir, err = lab.StartWeir(within(r.t, 30*time.Second), r.Router, lab.WeirOptions{Binary: bin, Config: b.String(), Dir: dir, Socket: socket})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Cleanup(func() {
+		if r.t.Failed() {
+			r.t.Logf("weir (process %d) wrote:\n%s", r.weir.Proc.Pid(), r.weir.Log())
+		}
+	})
+}
+
+func (r *rig) vip(port uint16) string { return netip.AddrPortFrom(r.VIP().Addr(), port).String() }
+
+// at returns an address of the n-th server host, counted from 0.
+func (r *rig) at(n int, port uint16) string {
+	return netip.AddrPortFrom(r.ServerAddr(n), port).String()
+}
+
+// status asks weir for its counters.
+func (r *rig) status() control.Status {
+	r.t.Helper()
+	text, err := r.weir.Status(within(r.t, 10*time.Second))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	var st control.Status
+	if err := json.Unmarshal(text, &st); err != nil {
+		r.t.Fatal(err)
+	}
+	return st
+}
+
+// farm returns a farm's counters.
+func (r *rig) farm(name string) control.Farm {
+	r.t.Helper()
+	for _, f := range r.status().Farms {
+		if f.Name == name {
+			return f
+		}
+	}
+	r.t.Fatalf("weir has no farm %q", name)
+	return control.Farm{}
+}
+
+// dial connects a client to a port of the VIP. Each write becomes a segment of
+// its own if the wire is free.
+func (r *rig) dial(port uint16) (*net.TCPConn, error) {
+	ctx, cancel := context.WithTimeout(r.t.Context(), 10*time.Second)
+	defer cancel()
+	c, err := r.Clients[0].Dial(ctx, "tcp", r.vip(port))
+	if err != nil {
+		return nil, err
+	}
+	tc := c.(*net.TCPConn)
+	_ = tc.SetNoDelay(true)
+	_ = tc.SetDeadline(time.Now().Add(60 * time.Second))
+	return tc, nil
+}
+
+// within returns a context that ends with the test or after d.
+func within(t testing.TB, d time.Duration) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), d)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// until waits for a condition and fails the test when it does not come.
+func until(t testing.TB, d time.Duration, what string, cond func() bool) {
+	t.Helper()
+	ctx := within(t, d)
+	for !cond() {
+		select {
+		case <-ctx.Done():
+			t.Fatalf("still waiting for: %s", what)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// parallel calls f for 0 to n-1, a few at a time, and reports what they return.
+func parallel(t *testing.T, n, width int, f func(i int) error) {
+	t.Helper()
+	var wg sync.WaitGroup
+	next := make(chan int)
+	for range width {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			for i := range next {
+				if err := f(i); err != nil {
+					t.Errorf("trial %d: %v", i, err)
+				}
+			}
+		}()
+	}
+	for i := range n {
+		if t.Failed() {
+			break
+		}
+		next <- i
+	}
+	close(next)
+	wg.Wait()
+}
+
+func clip(s string, n int) string {
+	if len(s) > n {
+		return s[:n/2] + " … " + s[len(s)-n/2:]
+	}
+	return s
+}
