@@ -32,8 +32,10 @@ type Options struct {
 	// Keep leaves the lab up after the last scene until the context ends, with
 	// names for its namespaces.
 	Keep bool
-	// Pcap is a directory in which each scene leaves its two captures as
-	// SCENE-client.pcap and SCENE-server.pcap. Empty: none.
+	// IPv6 plays on that family's addresses.
+	IPv6 bool
+	// Pcap is a directory in which each scene that draws leaves its two
+	// captures as SCENE-client.pcap and SCENE-server.pcap. Empty: none.
 	Pcap string
 }
 
@@ -48,20 +50,18 @@ var ErrFailed = errors.New("the scene's claim does not hold")
 
 // scene is one story.
 type scene struct {
-	name  string
-	title string
-	size  lab.FarmOptions
-	run   func(context.Context, *stage) error
+	name             string
+	title            string
+	clients, servers int
+	run              func(context.Context, *stage) error
 }
 
 // scenes in the order in which they are shown.
 var scenes = []scene{
-	{
-		name:  "fig5",
-		title: "FIG 5 and 6: two clients, one server connection",
-		size:  lab.FarmOptions{Clients: 2, Servers: 1},
-		run:   pooling,
-	},
+	{"fig5", "FIG 5 and 6: two clients, one server connection", 2, 1, pooling},
+	{"fig8", "FIG 8 and 9: one client connection, two paths, two servers", 2, 2, distribution},
+	{"http10", "Clients that close after each request, on a server connection that stays", 2, 1, insertion},
+	{"farm", "Two thousand clients with one request each, with and without Weir", 2, 3, offload},
 }
 
 // Scenes returns the names of all scenes with their titles, in order.
@@ -73,8 +73,9 @@ func Scenes() [][2]string {
 	return names
 }
 
-// Run shows the scene of that name, or all of them where the name is empty. It returns an
-// error that wraps ErrUnknownScene, ErrUnable or ErrFailed, where these apply.
+// Run shows the scene of that name, or all of them where the name is empty. It
+// returns an error that wraps ErrUnknownScene, ErrUnable or ErrFailed, where
+// these apply.
 func Run(ctx context.Context, w io.Writer, name string, opts Options) error {
 	show := scenes
 	if name != "" {
@@ -98,16 +99,7 @@ func Run(ctx context.Context, w io.Writer, name string, opts Options) error {
 		}
 		opts.Weir = exe
 	}
-	for i, s := range show {
-		if i > 0 {
-			fmt.Fprintln(w)
-		}
-		last := i == len(show)-1
-		if err := perform(ctx, w, s, opts, last && opts.Keep); err != nil {
-			return fmt.Errorf("demo: scene %s: %w", s.name, err)
-		}
-	}
-	return nil
+	return play(ctx, w, show, opts)
 }
 
 // able says in one sentence what this machine or user lacks.
@@ -147,60 +139,88 @@ func able() error {
 	return nil
 }
 
-// stage is what a scene plays on: the standard topology with weir running.
+// stage is what the scenes play on: one network for all of them. Each starts
+// weir on the router as it needs it.
 type stage struct {
 	*lab.Farm
 	w    io.Writer
-	name string
 	opts Options
-	weir *lab.Weir
-	dir  string
+	name string         // of the scene
+	dir  string         // of the scene's weir
+	weir *lab.Weir      // of the scene; nil before its start
+	exit []func() error // what the scene has to end, last in, first out
 }
 
-func perform(ctx context.Context, w io.Writer, s scene, opts Options, keep bool) (err error) {
+// play builds the network, draws it, and shows the scenes.
+func play(ctx context.Context, w io.Writer, show []scene, opts Options) (err error) {
 	l, err := lab.New("weirdemo")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, l.Close()) }()
-	// A second interface family would only bring packets that no scene shows.
-	s.size.NoIPv6 = true
-	// As on a real wire: no packet above the MTU.
-	s.size.Link.NoOffload = true
-	st := &stage{w: w, name: s.name, opts: opts}
-	if st.Farm, err = l.Farm(s.size); err != nil {
+	size := lab.FarmOptions{
+		// Another family would only bring packets that no scene shows.
+		NoIPv6: !opts.IPv6,
+		// As on a real wire: no packet above the MTU.
+		Link: lab.LinkOptions{NoOffload: true},
+	}
+	for _, s := range show {
+		size.Clients, size.Servers = max(size.Clients, s.clients), max(size.Servers, s.servers)
+	}
+	st := &stage{w: w, opts: opts}
+	if st.Farm, err = l.Farm(size); err != nil {
 		return err
 	}
-	if st.dir, err = l.Subdir("weir"); err != nil {
-		return err
-	}
-	fmt.Fprintf(w, "%s\n\n", s.title)
 	for _, line := range st.topology() {
 		fmt.Fprintln(w, line)
 	}
-	fmt.Fprintln(w)
-
-	sctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	if err := s.run(sctx, st); err != nil {
-		if st.weir != nil {
-			fmt.Fprintf(w, "\nweir wrote:\n%s\n", strings.TrimSpace(st.weir.Log()))
-		}
-		return err
-	}
-	if keep {
-		if err := st.keep(ctx); err != nil {
+	for i, s := range show {
+		fmt.Fprintf(w, "\n%s: %s\n\n", s.name, s.title)
+		st.name = s.name
+		if st.dir, err = l.Subdir("weir-" + s.name); err != nil {
 			return err
 		}
+		err := st.perform(ctx, s)
+		if err == nil && opts.Keep && i == len(show)-1 {
+			err = st.keep(ctx)
+		}
+		if err := errors.Join(err, st.leave(ctx)); err != nil {
+			return fmt.Errorf("demo: scene %s: %w", s.name, err)
+		}
 	}
-	if st.weir == nil {
-		return nil
-	}
-	sctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), 15*time.Second)
+	return nil
+}
+
+// sceneTime bounds one scene.
+const sceneTime = 30 * time.Second
+
+func (s *stage) perform(ctx context.Context, sc scene) error {
+	ctx, cancel := context.WithTimeout(ctx, sceneTime)
 	defer cancel()
-	code, err := st.weir.Stop(sctx)
-	if err == nil && code != 0 {
-		err = fmt.Errorf("weir ends with exit code %d on SIGTERM: %s", code, strings.TrimSpace(st.weir.Log()))
+	err := sc.run(ctx, s)
+	if err != nil && s.weir != nil {
+		fmt.Fprintf(s.w, "\nweir wrote:\n%s\n", strings.TrimSpace(s.weir.Log()))
 	}
 	return err
+}
+
+// leave ends what a scene has started, so that the next one finds the network
+// as it was.
+func (s *stage) leave(ctx context.Context) error {
+	var errs []error
+	if s.weir != nil {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 15*time.Second)
+		defer cancel()
+		code, err := s.weir.Stop(ctx)
+		if err == nil && code != 0 {
+			err = fmt.Errorf("weir ends with exit code %d on SIGTERM: %s", code, strings.TrimSpace(s.weir.Log()))
+		}
+		errs = append(errs, err)
+		s.weir = nil
+	}
+	for _, f := range slices.Backward(s.exit) {
+		errs = append(errs, f())
+	}
+	s.exit = nil
+	return errors.Join(errs...)
 }

@@ -21,9 +21,8 @@ import (
 	"github.com/weirgate/weir/internal/require"
 )
 
-// TestVisitLengths holds the lengths of FIG 6A and 6B: requests of 49 and 50
-// bytes, responses of 999 and 500.
-func TestVisitLengths(t *testing.T) {
+// TestLengths holds the lengths of FIG 6A, 6B and 9, requests and responses.
+func TestLengths(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -31,26 +30,33 @@ func TestVisitLengths(t *testing.T) {
 	srv := &http.Server{Handler: http.HandlerFunc(page), ReadHeaderTimeout: time.Minute}
 	go func() { _ = srv.Serve(ln) }()
 	defer srv.Close()
-	for i, want := range [][2]int{{49, 999}, {50, 500}} {
-		v := visits[i]
-		if len(v.request) != want[0] || v.response != want[1] {
-			t.Errorf("%s: request and response of %d and %d bytes, the patent has %v", v.figure, len(v.request), v.response, want)
+	for _, c := range []struct {
+		figure, request   string
+		length, responded int
+	}{
+		{"FIG 6A", visits[0].request, 49, 999},
+		{"FIG 6B", visits[1].request, 50, 500},
+		{"FIG 9, S1", tour[0], 50, 500},
+		{"FIG 9, S2", tour[1], 50, 400},
+		{"HTTP/1.0 with keep-alive", strings.TrimSuffix(closing, "\r\n") + added + "\r\n", len(closing) + 24, 600},
+	} {
+		if len(c.request) != c.length || pageSize(c.request) != c.responded {
+			t.Errorf("%s: request and response of %d and %d bytes, want %d and %d", c.figure, len(c.request), pageSize(c.request), c.length, c.responded)
 		}
 		conn, err := net.Dial("tcp", ln.Addr().String())
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := io.WriteString(conn, v.request); err != nil {
+		if _, err := io.WriteString(conn, c.request); err != nil {
 			t.Fatal(err)
 		}
-		br := bufio.NewReader(conn)
-		counted := &countingReader{r: br}
+		counted := &countingReader{r: conn}
 		resp, err := http.ReadResponse(bufio.NewReader(counted), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := io.Copy(io.Discard, resp.Body); err != nil || counted.n != v.response {
-			t.Errorf("%s: the server answers with %d bytes, %v; want %d", v.figure, counted.n, err, v.response)
+		if _, err := io.Copy(io.Discard, resp.Body); err != nil || counted.n != c.responded {
+			t.Errorf("%s: the server answers with %d bytes, %v; want %d", c.figure, counted.n, err, c.responded)
 		}
 		conn.Close()
 	}
@@ -70,6 +76,9 @@ func TestUnknownScene(t *testing.T) {
 // a server connection for each request.
 func TestMain(m *testing.M) {
 	switch {
+	case len(os.Args) == 4 && os.Args[1] == "demo" && os.Args[2] == "server":
+		fmt.Println(Serve(context.Background(), os.Args[3]))
+		os.Exit(1)
 	case len(os.Args) == 4 && os.Args[1] == "run":
 		os.Exit(wasteful(filepath.Join(filepath.Dir(os.Args[3]), "run", "admin.sock")))
 	case len(os.Args) > 1 && os.Args[1] == "status":
@@ -99,20 +108,27 @@ func wasteful(socket string) int {
 	return 1
 }
 
-// TestSceneCanFail is the negative control of the scene's verdict: an
-// interface unit that does not pool does not pass.
-func TestSceneCanFail(t *testing.T) {
+// TestScenesCanFail is the negative control of the scenes' verdicts: an
+// interface unit that does not pool, chooses no server and inserts nothing
+// does not pass.
+func TestScenesCanFail(t *testing.T) {
 	require.NFQueue(t)
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
-	var out strings.Builder
-	err = Run(ctx, &out, "fig5", Options{Weir: exe})
-	if !errors.Is(err, ErrFailed) || !strings.Contains(out.String(), "FAIL") || !strings.Contains(err.Error(), "2 connections instead of 1") {
-		t.Errorf("%v\n%s", err, out.String())
+	for scene, why := range map[string]string{
+		"fig5":   "2 connections instead of 1",
+		"http10": "instead of",
+		"farm":   "server connections were opened",
+	} {
+		ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+		var out strings.Builder
+		err = Run(ctx, &out, scene, Options{Weir: exe})
+		cancel()
+		if !errors.Is(err, ErrFailed) || !strings.Contains(out.String(), "FAIL") || !strings.Contains(err.Error(), why) {
+			t.Errorf("%s: %v\n%s", scene, err, out.String())
+		}
 	}
 }
 

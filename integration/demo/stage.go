@@ -7,6 +7,8 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,9 +18,54 @@ import (
 	"github.com/weirgate/weir/integration/lab/ladder"
 )
 
+// The addresses of the family that is played.
+
+func (s *stage) vip() netip.AddrPort {
+	if s.opts.IPv6 {
+		return s.VIP6()
+	}
+	return s.VIP()
+}
+
+func (s *stage) server(i int) netip.AddrPort {
+	if s.opts.IPv6 {
+		return s.Server6(i)
+	}
+	return s.Server(i)
+}
+
+func (s *stage) snip() netip.Addr {
+	if s.opts.IPv6 {
+		return s.SNIP6()
+	}
+	return s.SNIP()
+}
+
+func (s *stage) clientAddr(i int) netip.Addr {
+	if s.opts.IPv6 {
+		return s.ClientAddr6(i)
+	}
+	return s.ClientAddr(i)
+}
+
+// serve has the first n servers answer with handler until the scene ends.
+func (s *stage) serve(n int, handler http.Handler) ([]*lab.Server, error) {
+	var servers []*lab.Server
+	for i := range n {
+		srv, err := lab.HTTPServer(s.Servers[i], s.server(i).String(), handler)
+		if err != nil {
+			return nil, err
+		}
+		s.exit = append(s.exit, srv.Close)
+		servers = append(servers, srv)
+	}
+	return servers, nil
+}
+
 // start runs weir on the router and waits until it is ready.
 func (s *stage) start(ctx context.Context, c lab.ConfigOptions) error {
 	c.Dir = filepath.Join(s.dir, "run")
+	c.IPv6, c.NoIPv4 = s.opts.IPv6, s.opts.IPv6
 	if err := os.MkdirAll(c.Dir, 0o755); err != nil {
 		return err
 	}
@@ -81,7 +128,7 @@ func (s *stage) keep(ctx context.Context) error {
 		return err
 	}
 	fmt.Fprintf(s.w, "\nThe lab stays up until Ctrl-C. To try:\n")
-	fmt.Fprintf(s.w, "  ip netns exec %s curl -v http://%s/sales/forecast.html\n", names[s.Clients[0].Name()], s.VIP())
+	fmt.Fprintf(s.w, "  ip netns exec %s curl -v 'http://%s/sales/forecast.html'\n", names[s.Clients[0].Name()], s.vip())
 	fmt.Fprintf(s.w, "  ip netns exec %s nft list ruleset\n", names[s.Router.Name()])
 	fmt.Fprintf(s.w, "  ip netns exec %s tcpdump -n -i %s\n", names[s.Router.Name()], s.ServerLeg)
 	fmt.Fprintf(s.w, "  %s status --socket %s\n", s.opts.Weir, filepath.Join(s.dir, "run", "admin.sock"))
@@ -98,13 +145,17 @@ const shownHosts = 6
 func (s *stage) topology() []string {
 	unit := []string{
 		"+------ interface unit ------+",
-		fmt.Sprintf("| VIP  %-21s |", s.VIP()),
-		fmt.Sprintf("| SNIP %-21s |", s.SNIP()),
+		fmt.Sprintf("| VIP  %-21s |", s.vip()),
+		fmt.Sprintf("| SNIP %-21s |", s.snip()),
 		"+----------------------------+",
 	}
-	clients := hosts(len(s.Clients), func(i int) string { return fmt.Sprintf("C%d %s", i+1, s.ClientAddr(i)) })
-	servers := hosts(len(s.Servers), func(i int) string { return fmt.Sprintf("S%d %s", i+1, s.Server(i)) })
+	clients := hosts(len(s.Clients), func(i int) string { return fmt.Sprintf("C%d %s", i+1, s.clientAddr(i)) })
+	servers := hosts(len(s.Servers), func(i int) string { return fmt.Sprintf("S%d %s", i+1, s.server(i)) })
 	var lines []string
+	width := 16
+	if s.opts.IPv6 {
+		width = 20
+	}
 	for i := range max(len(unit), len(clients), len(servers)) {
 		left, right, mid := "", "", strings.Repeat(" ", len(unit[0]))
 		if i < len(clients) {
@@ -129,7 +180,7 @@ func (s *stage) topology() []string {
 		if right != "" {
 			r = "-- " + right
 		}
-		lines = append(lines, strings.TrimRight(fmt.Sprintf("  %-16s%s%s%s%s%s%s%s", left, l, leftBus, stem, mid, stem, rightBus, r), " "))
+		lines = append(lines, strings.TrimRight(fmt.Sprintf("  %-*s%s%s%s%s%s%s%s", width, left, l, leftBus, stem, mid, stem, rightBus, r), " "))
 	}
 	return lines
 }

@@ -4,7 +4,6 @@ package e2e
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -232,6 +231,76 @@ func (c *crowd) curl(bin, dir string, n int, args ...string) error {
 	return nil
 }
 
+// A job is one client connection or more.
+type job struct {
+	kind string
+	f    func() error
+}
+
+// mixture returns clients of every kind, two thousand connections divided by
+// share.
+func (c *crowd) mixture(curl, scratch string, share int) []job {
+	var jobs []job
+	add := func(n int, kind string, f func() error) {
+		for range n / share {
+			jobs = append(jobs, job{kind, f})
+		}
+	}
+	add(375, "1.0", func() error { return c.plain("1.0", "", 1, true) })
+	add(300, "1.0 keep-alive", func() error { return c.plain("1.0", "Keep-Alive", 3, false) })
+	add(150, "1.1", func() error { return c.plain("1.1", "", 4, false) })
+	add(150, "1.1 close", func() error { return c.plain("1.1", "close", 1, true) })
+	add(150, "Go client, keep-alive", func() error { return c.library(false, 4) })
+	add(75, "Go client, close", func() error { return c.library(true, 5) })
+	add(20, "curl 1.1 close", func() error { return c.curl(curl, scratch, 13, "--http1.1", "--header", "Connection: close") })
+	// curl may keep a 1.0 connection that it has not asked to be kept, because
+	// the response offers it, and finds it closed: then it connects again.
+	add(13, "curl 1.0", func() error { return c.curl(curl, scratch, 20, "--http1.0") })
+	add(10, "curl 1.1", func() error { return c.curl(curl, scratch, 20, "--http1.1") })
+	add(10, "curl 1.0 keep-alive", func() error { return c.curl(curl, scratch, 20, "--http1.0", "--header", "Connection: Keep-Alive") })
+	return jobs
+}
+
+// play does the jobs, a dozen at a time, and fails the test with what went
+// wrong. The kinds take turns, so that connections pass from one to the other.
+func (c *crowd) play(t *testing.T, jobs []job) {
+	t.Helper()
+	queue := make(chan job, len(jobs))
+	const stride = 997 // a prime that does not divide the number of jobs
+	for i := range jobs {
+		queue <- jobs[i*stride%len(jobs)]
+	}
+	close(queue)
+	if len(jobs)%stride == 0 {
+		t.Fatalf("%d jobs: the order leaves some out", len(jobs))
+	}
+	const atATime = 12
+	var wg sync.WaitGroup
+	for range atATime {
+		wg.Go(func() {
+			for j := range queue {
+				if c.ctx.Err() != nil {
+					return
+				}
+				if err := j.f(); err != nil {
+					c.fail(j.kind, err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if err := c.ctx.Err(); err != nil {
+		c.fail("time", err)
+	}
+	for i, err := range c.errors {
+		if i == 10 {
+			t.Errorf("… and %d more", len(c.errors)-i)
+			break
+		}
+		t.Error(err)
+	}
+}
+
 // TestFarmManyClients: two thousand client connections of every kind need few
 // server connections, and every byte of every response is right.
 func TestFarmManyClients(t *testing.T) {
@@ -251,61 +320,7 @@ func TestFarmManyClients(t *testing.T) {
 	}
 
 	c := &crowd{ctx: within(t, 100*time.Second), site: files, host: r.Clients[0], vip: r.VIP().String()}
-	type job struct {
-		kind string
-		f    func() error
-	}
-	var jobs []job
-	add := func(n int, kind string, f func() error) {
-		for range n {
-			jobs = append(jobs, job{kind, f})
-		}
-	}
-	add(375, "1.0", func() error { return c.plain("1.0", "", 1, true) })
-	add(300, "1.0 keep-alive", func() error { return c.plain("1.0", "Keep-Alive", 3, false) })
-	add(150, "1.1", func() error { return c.plain("1.1", "", 4, false) })
-	add(150, "1.1 close", func() error { return c.plain("1.1", "close", 1, true) })
-	add(150, "Go client, keep-alive", func() error { return c.library(false, 4) })
-	add(75, "Go client, close", func() error { return c.library(true, 5) })
-	add(20, "curl 1.1 close", func() error { return c.curl(curl, scratch, 13, "--http1.1", "--header", "Connection: close") })
-	// curl may keep a 1.0 connection that it has not asked to be kept, because
-	// the response offers it, and finds it closed: then it connects again.
-	add(13, "curl 1.0", func() error { return c.curl(curl, scratch, 20, "--http1.0") })
-	add(10, "curl 1.1", func() error { return c.curl(curl, scratch, 20, "--http1.1") })
-	add(10, "curl 1.0 keep-alive", func() error { return c.curl(curl, scratch, 20, "--http1.0", "--header", "Connection: Keep-Alive") })
-	// The kinds take turns, so that connections pass from one to the other.
-	queue := make(chan job, len(jobs))
-	const stride = 997 // a prime that does not divide the number of jobs
-	for i := range jobs {
-		queue <- jobs[i*stride%len(jobs)]
-	}
-	close(queue)
-	if len(jobs)%stride == 0 {
-		t.Fatalf("%d jobs: the order leaves some out", len(jobs))
-	}
-
-	const atATime = 12
-	var wg sync.WaitGroup
-	for range atATime {
-		wg.Go(func() {
-			for j := range queue {
-				if c.ctx.Err() != nil {
-					return
-				}
-				if err := j.f(); err != nil {
-					c.fail(j.kind, err)
-				}
-			}
-		})
-	}
-	wg.Wait()
-	for i, err := range c.errors {
-		if i == 10 {
-			t.Errorf("… and %d more", len(c.errors)-i)
-			break
-		}
-		t.Error(err)
-	}
+	c.play(t, c.mixture(curl, scratch, 1))
 	if n := c.connections.Load(); n < 2000 {
 		t.Errorf("%d client connections, want 2000", n)
 	}
@@ -412,56 +427,4 @@ func TestFigure8Paths(t *testing.T) {
 		}
 	}
 	r.stop(w)
-}
-
-// TestBulk: large bodies both ways are right to the last byte.
-func TestBulk(t *testing.T) {
-	require.NFQueue(t)
-	require.Tool(t, "nginx")
-	const down, up = 100 << 20, 50 << 20
-	for _, o := range []struct {
-		name    string
-		offload bool
-	}{{"offload", true}, {"plain packets", false}} {
-		t.Run(o.name, func(t *testing.T) {
-			r := newRig(t, lab.FarmOptions{Servers: 1, Link: lab.LinkOptions{NoOffload: !o.offload}})
-			root, err := r.Lab.Subdir("site")
-			if err != nil {
-				t.Fatal(err)
-			}
-			files := newSite(t, root, down)
-			r.nginxAll(root)
-			w := r.start(lab.ConfigOptions{})
-			client := r.Clients[0].HTTPClient(lab.HTTPClientOptions{Timeout: 60 * time.Second})
-			defer client.CloseIdleConnections()
-
-			path := files.paths[0]
-			resp, err := client.Get("http://" + r.VIP().String() + path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			hash := sha256.New()
-			n, err := io.Copy(hash, resp.Body)
-			resp.Body.Close()
-			if err != nil || n != down || [sha256.Size]byte(hash.Sum(nil)) != files.sum[path] {
-				t.Errorf("download: %d bytes of %d, right: %v, %v", n, down, [sha256.Size]byte(hash.Sum(nil)) == files.sum[path], err)
-			}
-
-			body := content(200, up)
-			resp, err = client.Post("http://"+r.VIP().String()+"/upload", "application/octet-stream", bytes.NewReader(body))
-			if err != nil {
-				t.Fatal(err)
-			}
-			name, err := io.ReadAll(resp.Body)
-			resp.Body.Close()
-			if err != nil || resp.StatusCode != http.StatusOK {
-				t.Fatalf("upload: %s, %v", resp.Status, err)
-			}
-			stored, err := os.ReadFile(strings.TrimSpace(string(name)))
-			if err != nil || !bytes.Equal(stored, body) {
-				t.Errorf("upload: %d bytes of %d stored, right: %v, %v", len(stored), up, bytes.Equal(stored, body), err)
-			}
-			r.stop(w)
-		})
-	}
 }

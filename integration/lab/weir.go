@@ -166,6 +166,11 @@ type ConfigOptions struct {
 	// IPv6 adds a second farm "web6" with the VIP, the SNIP and the servers'
 	// addresses of that family.
 	IPv6 bool
+	// NoIPv4 leaves the farm "web" out.
+	NoIPv4 bool
+	// Servers is how many of the servers the farms have, the first ones; 0
+	// means all.
+	Servers int
 	// Extra is added at top level as it is.
 	Extra string
 }
@@ -177,14 +182,20 @@ func (o ConfigOptions) Socket() string { return filepath.Join(o.Dir, "admin.sock
 // the VIP, with all its servers by their names.
 func (f *Farm) Config(o ConfigOptions) string {
 	var b strings.Builder
-	snips := f.SNIP().String()
-	if o.IPv6 {
-		snips += `, "` + f.SNIP6().String() + `"`
+	var snips []string
+	if !o.NoIPv4 {
+		snips = append(snips, f.SNIP().String())
 	}
-	fmt.Fprintf(&b, "runtime_dir: %q\nstop_timeout: 2s\nsource:\n  addresses: [%s]\nfarms:\n", o.Dir, snips)
+	if o.IPv6 {
+		snips = append(snips, `"`+f.SNIP6().String()+`"`)
+	}
+	fmt.Fprintf(&b, "runtime_dir: %q\nstop_timeout: 2s\nsource:\n  addresses: [%s]\nfarms:\n", o.Dir, strings.Join(snips, ", "))
 	farm := func(name string, vip netip.AddrPort, server func(int) netip.AddrPort) {
 		fmt.Fprintf(&b, "  - name: %s\n    listen: \"%s\"\n    protocol: http\n    servers:\n", name, vip)
 		for i, s := range f.Servers {
+			if i > 0 && i == o.Servers {
+				break
+			}
 			fmt.Fprintf(&b, "      - {name: %s, address: \"%s\"}\n", s.name, server(i))
 		}
 		for _, part := range [][2]string{{"policies", o.Policies}, {"pool", o.Pool}} {
@@ -193,7 +204,9 @@ func (f *Farm) Config(o ConfigOptions) string {
 			}
 		}
 	}
-	farm("web", f.VIP(), f.Server)
+	if !o.NoIPv4 {
+		farm("web", f.VIP(), f.Server)
+	}
 	if o.IPv6 {
 		farm("web6", f.VIP6(), f.Server6)
 	}

@@ -203,7 +203,8 @@ func (f Figure) steps(segs []Segment) []step {
 		text := f.format(typ, s, c, toServer)
 
 		// A segment that leaves on the far side shortly after one of the same
-		// kind came in on the near side is that one, translated. What one end
+		// kind came in on the near side is that one, translated. The interface
+		// unit's own FIN may ride on it. What one end
 		// exchanges with the interface unit alone has no such counterpart: the
 		// handshakes.
 		entry, exit := ClientSide, ServerSide
@@ -212,7 +213,7 @@ func (f Figure) steps(segs []Segment) []step {
 		}
 		paired := false
 		for i := max(0, len(steps)-near); i < len(steps) && s.Side == exit && !handshake; i++ {
-			if st := &steps[i]; st.open != nil && st.toServer == toServer && st.typ == typ {
+			if st := &steps[i]; st.open != nil && st.toServer == toServer && (st.typ == typ || st.typ+" FIN" == typ) {
 				st.pair = &Pair{In: *st.open, Out: s, Type: typ, ToServer: toServer}
 				st.open = nil
 				if st.server == "" {

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/csv"
+	"encoding/json"
+	"errors"
+	"flag"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// TestHistogram: quantiles are right to 2 %.
+func TestHistogram(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(1, 2))
+	var h histogram
+	var all []int64
+	for range 100_000 {
+		v := int64(1) << rnd.IntN(40)
+		v += rnd.Int64N(v)
+		all = append(all, v)
+		h.add(v)
+	}
+	slices.Sort(all)
+	for _, q := range []float64{0, 0.01, 0.5, 0.99, 0.999} {
+		want, got := all[int(q*float64(len(all)))], int64(h.quantile(q))
+		if got > want || float64(got) < 0.98*float64(want) {
+			t.Errorf("quantile %v is %d, want %d", q, got, want)
+		}
+	}
+	if h := (histogram{}); h.quantile(0.5) != 0 {
+		t.Error("a histogram without entries has a median")
+	}
+}
+
+// TestParse: a head may come in pieces; what is no good response is told.
+func TestParse(t *testing.T) {
+	const good = "HTTP/1.1 200 OK\r\nServer: x\r\nContent-Length: 12\r\nA: b\r\n\r\nbody"
+	for cut := range len(good) {
+		c := client{missing: -1}
+		rest, err := c.parse([]byte(good[:cut]))
+		if err == nil && c.missing < 0 {
+			rest, err = c.parse([]byte(good[cut:]))
+		} else {
+			rest = append(rest, good[cut:]...)
+		}
+		if err != nil || c.missing != 12 || string(rest) != "body" {
+			t.Errorf("cut at %d: %d missing, rest %q, %v", cut, c.missing, rest, err)
+		}
+	}
+	for _, bad := range []string{"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n", "HTTP/1.1 200 OK\r\n\r\n", "nonsense\r\n\r\n"} {
+		c := client{missing: -1}
+		if _, err := c.parse([]byte(bad)); err == nil {
+			t.Errorf("%q is taken", bad)
+		}
+	}
+}
+
+// TestLoad: the load generator counts what a server has answered, over kept
+// connections and over one for each request.
+func TestLoad(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var requests, connections atomic.Int64
+	srv := &http.Server{
+		ReadHeaderTimeout: time.Minute,
+		ConnState: func(_ net.Conn, s http.ConnState) {
+			if s == http.StateNew {
+				connections.Add(1)
+			}
+		},
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			requests.Add(1)
+			_, _ = w.Write(make([]byte, 500))
+		}),
+	}
+	go func() { _ = srv.Serve(ln) }()
+	defer srv.Close()
+	for _, close := range []bool{false, true} {
+		requests.Store(0)
+		connections.Store(0)
+		job := loadJob{
+			Target: netip.MustParseAddrPort(ln.Addr().String()), Sources: []netip.Addr{netip.MustParseAddr("127.0.0.1")},
+			Path: "/", Connections: 4, Close: close, Measure: 200 * time.Millisecond,
+		}
+		var out bytes.Buffer
+		if err := runLoad(job.args()[1:], &out); err != nil {
+			t.Fatal(err)
+		}
+		lines := bufio.NewScanner(&out)
+		if !lines.Scan() || lines.Text() != loadBegun || !lines.Scan() {
+			t.Fatalf("the load generator writes %q", out.String())
+		}
+		var res loadResult
+		if err := json.Unmarshal(lines.Bytes(), &res); err != nil {
+			t.Fatal(err)
+		}
+		n, c := requests.Load(), connections.Load()
+		if res.Errors > 0 || res.Requests == 0 || int64(res.Requests) > n || n > int64(res.Requests)+8 || res.P50 <= 0 || res.P99 < res.P50 {
+			t.Errorf("close %v: %+v; the server had %d requests", close, res, n)
+		}
+		if !close && c != 4 || close && c+4 < n { // four requests may be left from before
+			t.Errorf("close %v: %d connections for %d requests", close, c, n)
+		}
+		if res.Bytes < 500*(res.Requests-1) {
+			t.Errorf("close %v: %d bytes", close, res.Bytes)
+		}
+	}
+	if _, err := (loadJob{Target: netip.MustParseAddrPort("127.0.0.1:1"), Connections: 1, Measure: 10 * time.Millisecond}).run(func() {}); err != nil {
+		t.Errorf("a server that refuses ends the run: %v; it should be counted", err)
+	}
+}
+
+func TestReport(t *testing.T) {
+	at := func(round int, who string, n uint64) sample {
+		return sample{round: round, contender: who, workload: "kept-1k", loadResult: loadResult{Requests: n, Elapsed: time.Second, P50: time.Millisecond}}
+	}
+	who, err := choose(contenders, "direct,haproxy,weir", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	what, err := choose(workloads, "kept-1k", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &report{contenders: who, workloads: what, samples: []sample{
+		at(0, "direct", 80_000), at(0, "haproxy", 40_000), at(0, "weir", 30_000),
+		at(1, "weir", 10_000), at(1, "direct", 20_000), at(1, "haproxy", 10_000), // a slow round
+		at(2, "haproxy", 40_000), at(2, "weir", 36_000), at(2, "direct", 60_000),
+	}}
+	var md, table bytes.Buffer
+	if err := r.markdown(&md); err != nil {
+		t.Fatal(err)
+	}
+	if want := "| weir | 30.0 k/s (10.0–36.0) | 0.50 (0.38–0.60) | 0.90 (0.75–1.00) | 1 ms |"; !strings.Contains(md.String(), want) {
+		t.Errorf("no %q in\n%s", want, md.String())
+	}
+	if err := r.table(&table); err != nil {
+		t.Fatal(err)
+	}
+	rows, err := csv.NewReader(&table).ReadAll()
+	if err != nil || len(rows) != 10 {
+		t.Errorf("%d rows, %v", len(rows), err)
+	}
+}
+
+func TestArguments(t *testing.T) {
+	if _, err := choose(contenders, "direct,apache", nil); err == nil || !strings.Contains(err.Error(), "haproxy") {
+		t.Errorf("an unknown contender: %v", err)
+	}
+	quick, err := choose(workloads, "", func(l workload) bool { return l.quick })
+	if err != nil || len(quick) == 0 || len(quick) >= len(workloads) {
+		t.Errorf("%d of %d workloads, %v", len(quick), len(workloads), err)
+	}
+	if err := run(t.Context(), []string{"-rounds", "0"}, io.Discard); !errors.Is(err, flag.ErrHelp) {
+		t.Errorf("no rounds: %v", err)
+	}
+}

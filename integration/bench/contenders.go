@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/weirgate/weir/integration/lab"
+)
+
+// contender is something that stands between clients and servers.
+type contender struct {
+	name    string
+	program string // that must be installed; "" for none
+	// start starts it on the router; nil where there is nothing to start. The
+	// process is what uses the router's processor.
+	start func(context.Context, *rig) (*lab.Process, error)
+	// target is where clients connect to.
+	target func(*rig) netip.AddrPort
+	full   bool // only part of the full run
+}
+
+func (c contender) title() string { return c.name }
+
+// missing says why it cannot take part.
+func (c contender) missing() error {
+	if c.program == "" {
+		return nil
+	}
+	_, err := findProgram(c.program)
+	return err
+}
+
+func findProgram(name string) (string, error) {
+	p, err := exec.LookPath(name)
+	if err == nil {
+		return p, nil
+	}
+	for _, d := range []string{"/usr/sbin/", "/sbin/", "/usr/local/sbin/"} {
+		if p, e := exec.LookPath(d + name); e == nil {
+			return p, nil
+		}
+	}
+	return "", err
+}
+
+// contenders in the order of the report. The first two are what the others are
+// compared with.
+var contenders = []contender{
+	{name: "direct", target: func(r *rig) netip.AddrPort { return r.server }},
+	{name: "haproxy", program: "haproxy", start: startHAProxy("option splice-auto"), target: atVIP},
+	{name: "haproxy-splice", program: "haproxy", start: startHAProxy("option splice-response"), target: atVIP, full: true},
+	{name: "nginx", program: "nginx", start: startNginx(""), target: atVIP},
+	{name: "nginx-large", program: "nginx", start: startNginx("proxy_buffers 16 64k; proxy_buffer_size 64k;"), target: atVIP, full: true},
+	{name: "weir", start: startWeir("batched"), target: atVIP},
+	{name: "weir-plain", start: startWeir("plain"), target: atVIP},
+}
+
+func atVIP(r *rig) netip.AddrPort { return r.vip }
+
+// haproxyConfig follows the tuning chapters of HAProxy's manual: connections
+// to servers shared between clients, no log, splicing where HAProxy finds that
+// it helps (haproxy-splice: for all responses). One thread, because on two
+// processors the client and the server need the other: two were no faster.
+const haproxyConfig = `global
+  maxconn 4000
+  nbthread 1
+defaults
+  mode http
+  timeout connect 5s
+  timeout client 60s
+  timeout server 60s
+  %[3]s
+  maxconn 4000
+  http-reuse always
+frontend web
+  bind %[1]s backlog 4096
+  default_backend servers
+backend servers
+  server s1 %[2]s pool-max-conn -1
+`
+
+func startHAProxy(splice string) func(context.Context, *rig) (*lab.Process, error) {
+	return func(ctx context.Context, r *rig) (*lab.Process, error) {
+		return r.proxy(ctx, "haproxy", fmt.Sprintf(haproxyConfig, r.vip, r.server, splice), "-db", "-f")
+	}
+}
+
+// nginxConfig keeps connections to the server as nginx's manual says, with one
+// worker, as HAProxy has one thread, and never writes a response to disk.
+// nginx-large has larger buffers than the default, which help bulk transfers.
+const nginxConfig = `daemon off;
+master_process off;
+worker_processes 1;
+worker_rlimit_nofile 65536;
+pid %[3]s/nginx.pid;
+error_log %[3]s/error.log;
+events { worker_connections 20000; multi_accept on; }
+http {
+  access_log off;
+  proxy_temp_path %[3]s/tmp;
+  client_body_temp_path %[3]s/tmp;
+  fastcgi_temp_path %[3]s/tmp;
+  uwsgi_temp_path %[3]s/tmp;
+  scgi_temp_path %[3]s/tmp;
+  keepalive_requests 100000000;
+  tcp_nodelay on;
+  upstream servers {
+    server %[2]s;
+    keepalive 512;
+    keepalive_requests 100000000;
+  }
+  server {
+    listen %[1]s backlog=4096;
+    location / {
+      proxy_pass http://servers;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_max_temp_file_size 0;
+      %[4]s
+    }
+  }
+}
+`
+
+func startNginx(buffers string) func(context.Context, *rig) (*lab.Process, error) {
+	return func(ctx context.Context, r *rig) (*lab.Process, error) {
+		config := fmt.Sprintf(nginxConfig, r.vip, r.server, r.dir, buffers)
+		return r.proxy(ctx, "nginx", config, "-p", r.dir, "-e", filepath.Join(r.dir, "error.log"), "-c")
+	}
+}
+
+// proxy starts a program on the router and waits until it accepts connections.
+func (r *rig) proxy(ctx context.Context, name, config string, args ...string) (*lab.Process, error) {
+	bin, err := findProgram(name)
+	if err != nil {
+		return nil, err
+	}
+	file := filepath.Join(r.dir, name+".conf")
+	if err := os.WriteFile(file, []byte(config), 0o644); err != nil {
+		return nil, err
+	}
+	var out strings.Builder
+	cmd := r.router.Command(bin, append(args, file)...)
+	cmd.Stdout, cmd.Stderr = &out, &out
+	p, err := r.router.Start(cmd)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	for {
+		c, err := r.client.Dial(ctx, "tcp", r.vip.String())
+		if err == nil {
+			return p, c.Close()
+		}
+		select {
+		case <-p.Done():
+			return nil, fmt.Errorf("%s ended: %v: %s", name, p.Wait(), out.String())
+		case <-ctx.Done():
+			_ = p.Kill()
+			return nil, fmt.Errorf("%s does not accept connections: %w", name, err)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// weirConfig is the default but for the place of its files and one shard, as
+// the others have one thread.
+const weirConfig = `runtime_dir: %[1]q
+source: {addresses: [%[2]s]}
+farms:
+  - name: web
+    listen: %[3]s
+    servers: [{name: s1, address: "%[4]s"}]
+queue: {backend: %[5]s, shards: 1}
+admin: {socket: %[6]q, metrics: "127.0.0.1:9464"}
+stop_timeout: 0s
+`
+
+func startWeir(backend string) func(context.Context, *rig) (*lab.Process, error) {
+	return func(ctx context.Context, r *rig) (*lab.Process, error) {
+		run := filepath.Join(r.dir, "run")
+		if err := os.MkdirAll(run, 0o755); err != nil {
+			return nil, err
+		}
+		socket := filepath.Join(run, "admin.sock")
+		ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+		defer cancel()
+		w, err := lab.StartWeir(ctx, r.router, lab.WeirOptions{
+			Binary: r.weir, Dir: r.dir, Socket: socket,
+			Config: fmt.Sprintf(weirConfig, run, r.snip, r.vip, r.server, backend, socket),
+		})
+		if err != nil {
+			return nil, err
+		}
+		return w.Proc, nil
+	}
+}

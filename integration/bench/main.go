@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command bench compares Weir with what people use in its place, on this
+// machine and in one run: the same servers and the same load generator with
+// nothing in between (plain routing), with HAProxy, with nginx, and with Weir
+// through each of its queue backends.
+//
+// It builds its network out of namespaces, as the tests do, and leaves
+// nothing but its report. It judges nothing: what counts are ratios between
+// contenders of one run, because the figures themselves are the machine's. It
+// must not be run as a test: what it measures depends on what else runs here.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func main() {
+	var err error
+	if len(os.Args) > 1 && os.Args[1] == "load" {
+		err = runLoad(os.Args[2:], os.Stdout)
+	} else {
+		ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+		err = run(ctx, os.Args[1:], os.Stdout)
+		stop()
+	}
+	if errors.Is(err, flag.ErrHelp) {
+		os.Exit(2)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+// options are the command line.
+type options struct {
+	full       bool
+	realtime   bool
+	rounds     int
+	measure    time.Duration
+	weir       string
+	out        string
+	contenders string
+	workloads  string
+}
+
+func run(ctx context.Context, args []string, w io.Writer) error {
+	var o options
+	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
+	fs.SetOutput(w)
+	fs.BoolVar(&o.full, "full", false, "all workloads; the default is a quick run of less than three minutes")
+	fs.BoolVar(&o.realtime, "realtime", false, "run everything that is measured before all else on this machine, for one that others use too")
+	fs.IntVar(&o.rounds, "rounds", 3, "how often everything is measured")
+	fs.DurationVar(&o.measure, "measure", 1500*time.Millisecond, "time of one measurement")
+	fs.StringVar(&o.weir, "weir", "bin/weir", "the weir executable")
+	fs.StringVar(&o.out, "out", "docs/bench", "directory of the report; empty: standard output alone")
+	fs.StringVar(&o.contenders, "contenders", "", "comma-separated names, of: "+strings.Join(names(contenders), ", "))
+	fs.StringVar(&o.workloads, "workloads", "", "comma-separated names, of: "+strings.Join(names(workloads), ", "))
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	if fs.NArg() > 0 || o.rounds < 1 {
+		fs.Usage()
+		return flag.ErrHelp
+	}
+	if os.Geteuid() != 0 {
+		return errors.New("it makes network namespaces, and needs root for that: sudo make bench")
+	}
+	var err error
+	if o.weir, err = filepath.Abs(o.weir); err != nil {
+		return err
+	}
+	if _, err := os.Stat(o.weir); err != nil {
+		return fmt.Errorf("the weir executable: %w (make build makes it)", err)
+	}
+	who, err := choose(contenders, o.contenders, func(c contender) bool { return o.full || !c.full })
+	if err != nil {
+		return err
+	}
+	what, err := choose(workloads, o.workloads, func(l workload) bool { return o.full || l.quick })
+	if err != nil {
+		return err
+	}
+	if o.realtime {
+		if err := first(); err != nil {
+			return fmt.Errorf("real-time priority: %w", err)
+		}
+	}
+	b, err := newRig(o.weir)
+	if err != nil {
+		return err
+	}
+	defer b.Close()
+	who = slices.DeleteFunc(who, func(c contender) bool {
+		why := c.missing()
+		if why != nil {
+			fmt.Fprintf(w, "%s is left out: %v\n", c.name, why)
+		}
+		return why != nil
+	})
+	rep := &report{machine: describe(), options: o, contenders: who, workloads: what, begun: time.Now()}
+	for round := range o.rounds {
+		// Each round begins with another contender, so that what changes on
+		// the machine meanwhile meets all of them.
+		for i := range who {
+			c := who[(i+round)%len(who)]
+			if err := b.visit(ctx, w, rep, round, c, what, o.measure); err != nil {
+				return fmt.Errorf("round %d, %s: %w", round+1, c.name, err)
+			}
+		}
+	}
+	rep.took = time.Since(rep.begun)
+	if err := b.Close(); err != nil {
+		return err
+	}
+	fmt.Fprintln(w)
+	if err := rep.markdown(w); err != nil {
+		return err
+	}
+	return rep.write(o.out)
+}
+
+// first gives this program, and so all that it starts, real-time priority: it
+// begins anew, because a thread can only speak for itself.
+func first() error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	now, err := unix.SchedGetAttr(0, 0)
+	if err != nil || now.Policy == unix.SCHED_RR {
+		return err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	if err := unix.SchedSetAttr(0, &unix.SchedAttr{Policy: unix.SCHED_RR, Priority: 1}, 0); err != nil {
+		return err
+	}
+	return unix.Exec(self, os.Args, os.Environ())
+}
+
+// named is what the command line chooses by name.
+type named interface{ title() string }
+
+func names[T named](all []T) []string {
+	var ns []string
+	for _, x := range all {
+		ns = append(ns, x.title())
+	}
+	return ns
+}
+
+// choose returns those of a list that the command line names, or those that
+// are there by default.
+func choose[T named](all []T, list string, byDefault func(T) bool) ([]T, error) {
+	if list == "" {
+		return slices.DeleteFunc(slices.Clone(all), func(x T) bool { return byDefault != nil && !byDefault(x) }), nil
+	}
+	var chosen []T
+	for name := range strings.SplitSeq(list, ",") {
+		i := slices.IndexFunc(all, func(x T) bool { return x.title() == name })
+		if i < 0 {
+			return nil, fmt.Errorf("%q: there are %s", name, strings.Join(names(all), ", "))
+		}
+		chosen = append(chosen, all[i])
+	}
+	return chosen, nil
+}

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package citizen
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/weirgate/weir/integration/lab"
+	"github.com/weirgate/weir/nft"
+)
+
+// TestInspectAll: with firewall.inspect: all the existing rules judge every
+// packet of a client, so that a ban ends a running connection too; without,
+// the running connection goes on (TestBanOfOneServed is that control).
+func TestInspectAll(t *testing.T) {
+	for _, routed := range []bool{false, true} {
+		t.Run(map[bool]string{false: "VIP local", true: "VIP routed"}[routed], func(t *testing.T) {
+			r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2, Routed: routed})
+			r.serve(r.both)
+			r.config.Extra = "firewall: {inspect: all}\n"
+			hook := "input"
+			if routed {
+				hook = "forward"
+			}
+			// Bans in front, then what is established, and one port; as many
+			// hosts have it, with the one rule that inspect: all needs.
+			r.nft("table inet host {\nset banned { type ipv4_addr; }\nchain i {\ntype filter hook " + hook + " priority 0; policy drop;\n" +
+				acceptMark + "\nip saddr @banned drop\nct state established,related accept\nct state invalid drop\n" +
+				"tcp flags & (fin|syn|rst|ack) != syn ct state new drop\ntcp dport 80 ct state new accept\nmeta l4proto { icmp, ipv6-icmp } accept\n}\n}\n")
+			w := r.start()
+			watch := r.watch()
+			inspect := func() []nft.Finding {
+				var found []nft.Finding
+				p := r.params()
+				p.InspectAll = true
+				if err := r.Router.Do(func() (err error) { found, err = nft.Foreign(p); return err }); err != nil {
+					t.Fatal(err)
+				}
+				return found
+			}
+			found := inspect()
+			if len(found) != 1 || found[0].Trouble != nft.DropsClient {
+				t.Fatalf("found %v, want one chain that drops untracked packets", found)
+			}
+			if err := ask(r.Clients[0], r.VIP(), "/before", time.Second); err == nil {
+				t.Error("a request is served by rules that refuse untracked packets")
+			}
+			r.nft("add rule inet host i ct state untracked tcp dport 80 accept")
+			if found := inspect(); len(found) != 0 {
+				t.Fatalf("found %v", found)
+			}
+			r.mustLoad(1000, r.VIP(), r.VIP6())
+			kept := r.Clients[0].HTTPClient(lab.HTTPClientOptions{Timeout: time.Second, MaxConns: 1})
+			if err := get(kept, r.VIP(), "/one"); err != nil {
+				t.Fatal(err)
+			}
+			r.nft("add element inet host banned { 198.18.0.11 }")
+			if err := get(kept, r.VIP(), "/two"); err == nil {
+				t.Error("the running connection of a banned client is served")
+			}
+			if err := ask(r.Clients[0], r.VIP(), "/three", time.Second); err == nil {
+				t.Error("a new connection of a banned client is served")
+			}
+			r.nft("delete element inet host banned { 198.18.0.11 }")
+			if err := ask(r.Clients[0], r.VIP(), "/four", 20*time.Second); err != nil {
+				t.Error(err)
+			}
+			watch.judge()
+			r.stop(w)
+		})
+	}
+}
+
+// TestOnStop: after an orderly stop the router is as it was, and with on_stop:
+// direct new connections reach a server until the next start, which takes over
+// again.
+func TestOnStop(t *testing.T) {
+	for _, how := range []string{"close", "direct"} {
+		t.Run(how, func(t *testing.T) {
+			r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2})
+			r.serve(r.both)
+			r.config.Extra = "firewall: {on_stop: " + how + "}\n"
+			for round := range 2 {
+				w := r.start()
+				r.mustLoad(50, r.VIP(), r.VIP6())
+				r.stop(w)
+				for _, vip := range []netip.AddrPort{r.VIP(), r.VIP6()} {
+					err := ask(r.Clients[0], vip, "/after", 2*time.Second)
+					if (err == nil) != (how == "direct") {
+						t.Errorf("round %d, after the stop, %v: %v", round, vip, err)
+					}
+					// The servers themselves are reached as before.
+					if err := ask(r.Clients[0], r.Server(0), "/server", 5*time.Second); err != nil {
+						t.Errorf("round %d: %v", round, err)
+					}
+				}
+				if left := strings.Contains(r.shell("nft list tables"), "weir"); left != (how == "direct") {
+					t.Errorf("round %d: a table is left: %v", round, left)
+				}
+			}
+			if how == "close" {
+				return
+			}
+			// weir cleanup removes the stand-in.
+			r.shell(r.bin + " cleanup --config " + r.dir + "/weir.yaml")
+			if tables := r.shell("nft list tables"); strings.Contains(tables, "weir") {
+				t.Errorf("after cleanup there are %s", tables)
+			}
+		})
+	}
+}

@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package citizen
+
+import (
+	"net/netip"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/weirgate/weir/integration/lab"
+	"github.com/weirgate/weir/internal/require"
+	"github.com/weirgate/weir/nft"
+)
+
+// A ruleset of somebody else and how it is loaded and changed.
+type ruleset struct {
+	name string
+	load func(r *rig)
+	// blocked: without the change requests get no answer.
+	blocked bool
+	// change makes the documented change; nil to run the findings' own fixes.
+	change func(r *rig)
+	// forwards is a port forward of that ruleset to the first server.
+	forwards bool
+}
+
+const acceptMark = "meta mark & 0xff000000 == 0x57000000 accept"
+
+// file loads a ruleset from testdata by its ending: nft's syntax, or that of
+// iptables-restore in the variant.
+func file(name, variant string) func(r *rig) {
+	return func(r *rig) {
+		r.t.Helper()
+		abs, err := filepath.Abs("testdata/" + name)
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		tool := "nft -f "
+		switch filepath.Ext(name) {
+		case ".v4":
+			tool = "iptables-" + variant + "-restore < "
+		case ".v6":
+			tool = "ip6tables-" + variant + "-restore < "
+		}
+		require.Tool(r.t, strings.Fields(tool)[0])
+		r.shell(tool + abs)
+	}
+}
+
+func several(fs ...func(r *rig)) func(r *rig) {
+	return func(r *rig) {
+		r.t.Helper()
+		for _, f := range fs {
+			f(r)
+		}
+	}
+}
+
+var rulesets = []ruleset{
+	{name: "router", load: file("router.nft", ""), blocked: true, forwards: true},
+	{
+		name: "iptables-nft", load: several(file("iptables.v4", "nft"), file("iptables.v6", "nft")), blocked: true, forwards: true,
+	},
+	{
+		name: "iptables-legacy", load: several(file("iptables.v4", "legacy"), file("iptables.v6", "legacy")), blocked: true, forwards: true,
+	},
+	{
+		name: "ufw", load: several(file("ufw.v4", "nft"), file("ufw.v6", "nft")), blocked: true,
+		change: func(r *rig) {
+			// What ufw makes of the lines in before.rules and before6.rules.
+			r.shell("iptables-nft -I ufw-before-forward -m mark --mark 0x57000000/0xff000000 -j ACCEPT")
+			r.shell("ip6tables-nft -I ufw6-before-forward -m mark --mark 0x57000000/0xff000000 -j ACCEPT")
+		},
+	},
+	{
+		name: "firewalld", load: file("firewalld.nft", ""), blocked: true,
+		change: func(r *rig) {
+			// What firewalld makes of the policy; its reload replaces its table.
+			r.shell("nft delete table inet firewalld")
+			file("firewalld-changed.nft", "")(r)
+		},
+	},
+	{name: "docker", load: file("docker.v4", "nft"), blocked: true},
+	{
+		name: "fw4", load: file("fw4.nft", ""), blocked: true, forwards: true,
+		change: func(r *rig) { r.nft("insert rule inet fw4 forward " + acceptMark) },
+	},
+	{name: "bans", load: file("bans.nft", "")},
+	{
+		name: "synproxy", load: file("synproxy.nft", ""), blocked: true,
+		change: func(r *rig) {
+			r.nft("insert rule ip x f " + acceptMark + "\ninsert rule ip x y ip daddr 203.0.113.10 tcp dport 80 accept\n" +
+				// The file has no ban list of its own.
+				"table inet bans {\nchain i {\ntype filter hook input priority 0;\nip saddr 198.18.0.12 drop\nip6 saddr 2001:db8:18::c drop\n}\n}\n")
+		},
+	},
+}
+
+// others is the text of all tables but ours, with handles and without what
+// changes by traffic and time.
+func (r *rig) others() string {
+	r.t.Helper()
+	text := r.shell("nft -s -a list ruleset")
+	var out strings.Builder
+	skip := false
+	for line := range strings.Lines(text) {
+		if strings.HasPrefix(line, "table ") {
+			skip = strings.HasPrefix(line, "table inet weir ")
+		}
+		if !skip {
+			out.WriteString(line)
+		}
+	}
+	for _, tool := range []string{"iptables-legacy-save", "ip6tables-legacy-save"} {
+		for line := range strings.Lines(r.shell("command -v " + tool + " >/dev/null && " + tool + " || true")) {
+			if !strings.HasPrefix(line, "#") {
+				out.WriteString(line)
+			}
+		}
+	}
+	return regexp.MustCompile(` expires \w+|\[\d+:\d+\]|packets \d+ bytes \d+`).ReplaceAllString(out.String(), "")
+}
+
+// TestBesideRulesets: beside each ruleset, weir serves after the documented
+// change, the ruleset goes on deciding who may come, and stays as it is.
+func TestBesideRulesets(t *testing.T) {
+	for _, c := range rulesets {
+		t.Run(c.name, func(t *testing.T) {
+			r := newRig(t, lab.FarmOptions{Clients: 2, Servers: 2})
+			r.serve(r.both)
+			// Something that others forward ports to.
+			for i, h := range r.Servers {
+				if _, err := lab.HTTPServer(h, netip.AddrPortFrom(r.ServerAddr(i), 8081).String(), handler(h.Name())); err != nil {
+					t.Fatal(err)
+				}
+			}
+			c.load(r)
+			w := r.start()
+			watch := r.watch()
+			found := r.foreign()
+			vips := []netip.AddrPort{r.VIP(), r.VIP6()}
+			if c.blocked {
+				// The negative control of the change, and of the findings.
+				if len(found) == 0 {
+					t.Error("nothing is found that stands in the way")
+				}
+				if err := ask(r.Clients[0], r.VIP(), "/before", 1500*time.Millisecond); err == nil {
+					t.Error("a request is served without the change")
+				}
+			} else {
+				for i := range found {
+					t.Errorf("found without need: %s", &found[i])
+				}
+			}
+			if c.change != nil {
+				c.change(r)
+			} else {
+				for _, f := range found {
+					r.shell(f.Fix)
+				}
+			}
+			still := r.foreign()
+			for i := range still {
+				t.Errorf("after the change there is still: %s", &still[i])
+			}
+			before := r.others()
+			if err := ask(r.Clients[0], r.VIP(), "/first", 20*time.Second); err != nil {
+				t.Fatal(err)
+			}
+			r.mustLoad(1000, vips...)
+			for _, v := range vips {
+				if v.Addr().Is6() && c.name == "docker" {
+					continue // it has no rules for that family
+				}
+				if err := ask(r.Clients[1], v, "/banned", 700*time.Millisecond); err == nil {
+					t.Errorf("the banned client is served by %v", v)
+				}
+			}
+			if c.forwards {
+				fwd := netip.MustParseAddrPort("198.18.0.1:8081")
+				if err := ask(r.Clients[0], fwd, "/forwarded", 10*time.Second); err != nil {
+					t.Errorf("the port forward: %v", err)
+				}
+			}
+			if now := r.others(); now != before {
+				t.Errorf("the tables of others are now\n%s\nbefore\n%s", now, before)
+			}
+			watch.judge()
+			r.stop(w)
+			if now := r.others(); now != before {
+				t.Errorf("after the stop the tables of others are\n%s\nbefore\n%s", now, before)
+			}
+		})
+	}
+}
+
+// TestBanOfOneServed: a ban acts on a client's next connection, not on its
+// running ones, as with any firewall that accepts what is established.
+func TestBanOfOneServed(t *testing.T) {
+	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 1, NoIPv6: true})
+	r.serve(func(i int) []netip.AddrPort { return []netip.AddrPort{r.Server(i)} })
+	r.nft("table inet bans {\nset banned { type ipv4_addr; }\nchain i {\ntype filter hook input priority 0;\nip saddr @banned drop\n}\n}\n")
+	w := r.start()
+	kept := r.Clients[0].HTTPClient(lab.HTTPClientOptions{Timeout: 10 * time.Second, MaxConns: 1})
+	if err := get(kept, r.VIP(), "/one"); err != nil {
+		t.Fatal(err)
+	}
+	r.nft("add element inet bans banned { 198.18.0.11 }")
+	if err := get(kept, r.VIP(), "/two"); err != nil {
+		t.Errorf("the running connection: %v", err)
+	}
+	if err := ask(r.Clients[0], r.VIP(), "/new", 700*time.Millisecond); err == nil {
+		t.Error("the banned client opens a new connection")
+	}
+	r.stop(w)
+}
+
+// TestFindingsAreExact: the places that Foreign names are those where packets
+// end, told by counters in front of each.
+func TestFindingsNamePlaces(t *testing.T) {
+	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 1})
+	file("router.nft", "")(r)
+	var places []string
+	for _, f := range r.foreign() {
+		if f.Trouble == nft.DropsMarked {
+			places = append(places, f.Place())
+		}
+	}
+	want := []string{"inet filter reverse_path", "inet filter forward", "inet filter output"}
+	if !slices.Equal(places, want) {
+		t.Errorf("found %q, want %q", places, want)
+	}
+}

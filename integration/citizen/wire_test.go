@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package citizen
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/weirgate/weir/integration/lab"
+	"github.com/weirgate/weir/integration/lab/ladder"
+)
+
+// A wire judges the TCP packets on one leg of the router. Everything on a
+// connection with the engine must carry numbers from that connection's own
+// spaces, which begin where its SYN and SYN-ACK on this very leg said. An
+// untranslated packet carries the other connection's, which began at random
+// places.
+type wire struct {
+	// front says whether an address is the engine's on this leg: a VIP, or a
+	// SNIP with a port of the range.
+	front func(netip.AddrPort) bool
+	// never reports packets that have no business here, such as a client's
+	// address on the servers' side.
+	never func(ladder.Segment) bool
+	conns map[pair]*spaces
+	bad   []string
+	seen  int
+}
+
+type pair struct{ engine, peer netip.AddrPort }
+
+// spaces are the highest sequence numbers of the two ends so far.
+type spaces struct {
+	engine, peer           uint32
+	knowsEngine, knowsPeer bool
+}
+
+// reach is how far from its highest so far a number may be: more than any
+// window, and so little that one foreign number in 256 would pass for one of
+// the connection.
+const reach = 1 << 23
+
+func far(a, b uint32) bool {
+	d := int32(a - b)
+	return d > reach || d < -reach
+}
+
+func (w *wire) judge(s ladder.Segment) {
+	if w.never != nil && w.never(s) {
+		w.say(s, "has no business on this side")
+		return
+	}
+	fromEngine := w.front(s.Src)
+	if !fromEngine && !w.front(s.Dst) {
+		return
+	}
+	w.seen++
+	k := pair{s.Dst, s.Src}
+	if fromEngine {
+		k = pair{s.Src, s.Dst}
+	}
+	c := w.conns[k]
+	if s.Flags&(ladder.SYN|ladder.ACK) == ladder.SYN {
+		// A SYN begins a connection; a repeated one is the same.
+		c = &spaces{}
+		w.conns[k] = c
+	}
+	if c == nil {
+		if fromEngine {
+			w.say(s, "belongs to no connection of this side")
+		}
+		return
+	}
+	mine, known, other, otherKnown := &c.peer, &c.knowsPeer, c.engine, c.knowsEngine
+	if fromEngine {
+		mine, known, other, otherKnown = &c.engine, &c.knowsEngine, c.peer, c.knowsPeer
+		switch {
+		case *known && far(s.Seq, *mine):
+			w.say(s, fmt.Sprintf("has a sequence number that is not of this connection, which is at %d", *mine))
+			return
+		case !*known && s.Flags&(ladder.RST|ladder.SYN) == 0:
+			w.say(s, "comes before the connection's SYN")
+		case s.Flags&ladder.ACK != 0 && otherKnown && far(s.Ack, other):
+			w.say(s, fmt.Sprintf("acknowledges what is not of this connection, which is at %d", other))
+		}
+	}
+	if end := s.Seq + uint32(s.Len); !*known || int32(end-*mine) > 0 && !far(end, *mine) {
+		*mine, *known = end, true
+	}
+}
+
+func (w *wire) say(s ladder.Segment, what string) {
+	w.bad = append(w.bad, fmt.Sprintf("%s %v -> %v flags %#02x seq %d ack %d len %d %s",
+		s.Time.Format("05.000000"), s.Src, s.Dst, s.Flags, s.Seq, s.Ack, s.Len, what))
+}
+
+// watch is a capture of both legs with their judges.
+type watch struct {
+	r    *rig
+	on   *lab.Capture
+	legs map[string]*wire
+}
+
+// watch begins to look at both sides of the router.
+func (r *rig) watch() *watch {
+	r.t.Helper()
+	c, err := r.Router.CaptureOn(lab.CaptureOptions{SnapLen: 120, Buffer: 256 << 20}, r.ClientLeg, r.ServerLeg)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	vips := []netip.AddrPort{r.VIP(), r.VIP6()}
+	snips := []netip.Addr{r.SNIP(), r.SNIP6()}
+	var servers []netip.AddrPort
+	var clients []netip.Addr
+	for i := range r.Servers {
+		servers = append(servers, r.Server(i), r.Server6(i))
+	}
+	for i := range r.Clients {
+		clients = append(clients, r.ClientAddr(i), r.ClientAddr6(i))
+	}
+	return &watch{r: r, on: c, legs: map[string]*wire{
+		r.ClientLeg: {
+			conns: map[pair]*spaces{},
+			front: func(a netip.AddrPort) bool { return slices.Contains(vips, a) },
+			never: func(s ladder.Segment) bool {
+				return slices.Contains(servers, s.Src) || slices.Contains(servers, s.Dst) || slices.Contains(snips, s.Src.Addr())
+			},
+		},
+		r.ServerLeg: {
+			conns: map[pair]*spaces{},
+			front: func(a netip.AddrPort) bool {
+				return slices.Contains(snips, a.Addr()) && a.Port() >= 10240 && a.Port() <= 32767
+			},
+			never: func(s ladder.Segment) bool {
+				return slices.Contains(vips, s.Src) || slices.Contains(servers, s.Dst) && slices.Contains(clients, s.Src.Addr()) ||
+					slices.Contains(servers, s.Src) && slices.Contains(clients, s.Dst.Addr())
+			},
+		},
+	}}
+}
+
+// judge ends the watch and reports what it has seen amiss.
+func (w *watch) judge() {
+	w.r.t.Helper()
+	recs, err := w.on.Stop()
+	if err != nil {
+		w.r.t.Errorf("capture: %v", err)
+	}
+	for _, rec := range recs {
+		s, err := ladder.Decode(rec.Data)
+		if err != nil {
+			continue
+		}
+		s.Time = rec.Time
+		w.legs[rec.Iface].judge(s)
+	}
+	for leg, l := range w.legs {
+		for i, b := range l.bad {
+			if i == 5 {
+				w.r.t.Errorf("%s: and %d more", leg, len(l.bad)-i)
+				break
+			}
+			w.r.t.Errorf("%s: %s", leg, b)
+		}
+		if l.seen == 0 {
+			w.r.t.Errorf("%s: the judge has seen no packet", leg)
+		}
+	}
+}
+
+// TestWireControl: the judge finds what it is there to find.
+func TestWireControl(t *testing.T) {
+	vip, client := netip.MustParseAddrPort("203.0.113.10:80"), netip.MustParseAddrPort("198.18.0.11:40000")
+	server := netip.MustParseAddrPort("198.51.100.11:80")
+	seg := func(src, dst netip.AddrPort, flags uint8, seq, ack uint32) ladder.Segment {
+		return ladder.Segment{Time: time.Unix(0, 0), Src: src, Dst: dst, Flags: flags, Seq: seq, Ack: ack}
+	}
+	open := []ladder.Segment{
+		seg(client, vip, ladder.SYN, 1000, 0),
+		seg(vip, client, ladder.SYN|ladder.ACK, 4_000_000_000, 1001),
+		seg(client, vip, ladder.ACK, 1001, 4_000_000_001),
+		seg(vip, client, ladder.ACK, 4_000_000_001, 1101),
+	}
+	for _, c := range []struct {
+		name string
+		more ladder.Segment
+		want int
+	}{
+		{"translated", seg(vip, client, ladder.ACK|ladder.PSH, 4_000_001_001, 1101), 0},
+		{"far on", seg(vip, client, ladder.ACK|ladder.RST, 4_005_000_000, 1101), 0},
+		{"untranslated sequence number", seg(vip, client, ladder.ACK, 77, 1101), 1},
+		{"untranslated acknowledgment", seg(vip, client, ladder.ACK, 4_000_000_001, 2_000_000_000), 1},
+		{"reset of the router's own", seg(vip, client, ladder.RST, 1001, 0), 1},
+		{"no connection", seg(vip, netip.MustParseAddrPort("198.18.0.11:41000"), ladder.ACK, 4_000_000_001, 1101), 1},
+		{"a server's address", seg(server, client, ladder.ACK, 1, 1), 1},
+	} {
+		w := &wire{
+			conns: map[pair]*spaces{}, front: func(a netip.AddrPort) bool { return a == vip },
+			never: func(s ladder.Segment) bool { return s.Src == server },
+		}
+		for _, s := range append(slices.Clone(open), c.more) {
+			w.judge(s)
+		}
+		if len(w.bad) != c.want {
+			t.Errorf("%s: %d findings, want %d: %q", c.name, len(w.bad), c.want, w.bad)
+		}
+	}
+}

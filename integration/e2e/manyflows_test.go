@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	be "encoding/binary"
+	"fmt"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/weirgate/weir/integration/lab"
+	"github.com/weirgate/weir/module/control"
+	"github.com/weirgate/weir/module/packet"
+)
+
+// A swarm is clients without sockets: packets with the addresses of a network
+// that is routed to one host of the lab, which answers nothing by itself.
+type swarm struct {
+	t    *testing.T
+	raw  int // sends IP packets
+	tap  int // sees what comes back
+	vip  packet.Endpoint
+	buf  []byte
+	seen map[packet.Endpoint]bool // clients whose connection is open
+}
+
+// swarmNet is the network of the clients; the host itself is outside of it.
+var swarmNet = netip.MustParsePrefix("198.18.128.0/17")
+
+func (r *rig) swarm() *swarm {
+	r.t.Helper()
+	if err := r.Router.AddRoute(swarmNet, r.ClientAddr(0)); err != nil {
+		r.t.Fatal(err)
+	}
+	s := &swarm{t: r.t, raw: -1, tap: -1, vip: packet.EndpointFrom(r.VIP()), buf: make([]byte, 1<<16), seen: map[packet.Endpoint]bool{}}
+	err := r.Clients[0].Do(func() (err error) {
+		if s.raw, err = unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW); err != nil {
+			return err
+		}
+		proto := uint16(unix.ETH_P_IP)
+		if s.tap, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, int(proto<<8|proto>>8)); err != nil {
+			return err
+		}
+		return unix.SetsockoptInt(s.tap, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20)
+	})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Cleanup(func() { _, _ = unix.Close(s.raw), unix.Close(s.tap) })
+	return s
+}
+
+// client is the end of the i-th client.
+func (s *swarm) client(i int) packet.Endpoint {
+	b := swarmNet.Addr().As4()
+	n := be.BigEndian.Uint32(b[:]) + uint32(i/1000)
+	be.BigEndian.PutUint32(b[:], n)
+	return packet.EndpointFrom(netip.AddrPortFrom(netip.AddrFrom4(b), uint16(20000+i%1000)))
+}
+
+func (s *swarm) send(seg packet.Segment, data string) {
+	s.t.Helper()
+	s.buf = packet.AppendSegment(s.buf[:0], &seg, []byte(data))
+	to := &unix.SockaddrInet4{Addr: s.vip.AddrPort().Addr().As4()}
+	for {
+		err := unix.Sendto(s.raw, s.buf, 0, to)
+		if err == unix.ENOBUFS {
+			time.Sleep(time.Millisecond)
+			continue
+		}
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		return
+	}
+}
+
+// answers reads SYN-ACKs for a while and sends the beginning of a request on
+// each connection, which makes a record of it.
+func (s *swarm) answers(d time.Duration) {
+	s.t.Helper()
+	in := make([]byte, 2048)
+	for end := time.Now().Add(d); ; {
+		n, _, err := unix.Recvfrom(s.tap, in, 0)
+		if err == unix.EAGAIN || err == unix.EINTR {
+			left := time.Until(end)
+			if left <= 0 {
+				return
+			}
+			_, _ = unix.Poll([]unix.PollFd{{Fd: int32(s.tap), Events: unix.POLLIN}}, int(left.Milliseconds())+1)
+			continue
+		}
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		p, problem := packet.ParseTCP(in[:n])
+		if problem != packet.OK || p.Src() != s.vip || !p.Flags().Has(packet.SYN|packet.ACK) || s.seen[p.Dst()] {
+			continue
+		}
+		s.seen[p.Dst()] = true
+		s.send(packet.Segment{Src: p.Dst(), Dst: p.Src(), Seq: p.Ack(), Ack: p.Seq().Add(1), Flags: packet.ACK | packet.PSH, Window: 1000}, "GET /never HTTP/1.1\r\n")
+	}
+}
+
+// open makes n connections.
+func (s *swarm) open(n int) {
+	s.t.Helper()
+	const burst = 400 // below the length of the SYN queue
+	options := packet.AppendSYNOptions(nil, packet.SYNOptions{MSS: 1460, WindowScale: 7, SACKPermitted: true})
+	for try := 0; len(s.seen) < n; try++ {
+		if try == 5 {
+			s.t.Fatalf("only %d of %d connections opened", len(s.seen), n)
+		}
+		sent := 0
+		for i := range n {
+			c := s.client(i)
+			if s.seen[c] {
+				continue
+			}
+			s.send(packet.Segment{Src: c, Dst: s.vip, Seq: packet.Seq(i * 1000), Flags: packet.SYN, Window: 1000, Options: options}, "")
+			if sent++; sent%burst == 0 {
+				before := len(s.seen)
+				for k := 0; k < 20 && len(s.seen) < before+burst*9/10; k++ {
+					s.answers(5 * time.Millisecond)
+				}
+			}
+		}
+		s.answers(300 * time.Millisecond)
+	}
+}
+
+// queueDrops are the kernel's counts of packets that the router's queues lost.
+func (r *rig) queueDrops() (n int) {
+	r.t.Helper()
+	err := r.Router.Do(func() error {
+		b, err := os.ReadFile("/proc/thread-self/net/netfilter/nfnetlink_queue")
+		for line := range strings.Lines(string(b)) {
+			// Columns 6 and 7: dropped by the queue, dropped by the socket.
+			f := strings.Fields(line)
+			for _, c := range f[5:7] {
+				k, err := strconv.Atoi(c)
+				if err != nil {
+					return fmt.Errorf("%q: %w", line, err)
+				}
+				n += k
+			}
+		}
+		return err
+	})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return n
+}
+
+// TestManyFlows: 100,000 connections are listed again and again while others
+// are served; no request fails, and the kernel's queues lose nothing.
+func TestManyFlows(t *testing.T) {
+	const flows = 100_000
+	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2, NoIPv6: true})
+	r.hello()
+	w := r.startWith(r.text(setup{servers: []string{"s1=0", "s2=1"}, farm: "    timeouts: {head: 10m}\n"}))
+	s := r.swarm()
+	start := time.Now()
+	s.open(flows)
+	t.Logf("%d connections opened in %s", flows, time.Since(start))
+	dropped := r.queueDrops()
+	l := r.drive(r.VIP(), 2)
+	l.progress(50)
+	c := r.client()
+	defer c.Close()
+	for range 5 {
+		n := 0
+		start = time.Now()
+		err := c.FlowLines(within(t, 30*time.Second), control.FlowFilter{}, func(b []byte) error { n++; return nil })
+		took := time.Since(start)
+		if err != nil || n < flows || n > flows+100 {
+			t.Errorf("%d flows, %v, want %d", n, err, flows)
+		}
+		t.Logf("listed in %s", took)
+	}
+	start = time.Now()
+	if out := r.mustWeir("flows"); strings.Count(out, "\n") < flows {
+		t.Errorf("weir flows has %d lines", strings.Count(out, "\n"))
+	}
+	t.Logf("weir flows took %s", time.Since(start))
+	one := s.client(77_777).String()
+	if out := r.mustWeir("flows", "--client", one, "-o", "json"); !strings.Contains(out, one) || strings.Count(out, "\n") != 1 {
+		t.Errorf("one of them: %s", out)
+	}
+	l.progress(50)
+	l.end()
+	if n := r.queueDrops() - dropped; n != 0 {
+		t.Errorf("the kernel's queues lost %d packets", n)
+	}
+	r.stop(w)
+}
