@@ -18,7 +18,7 @@ LDFLAGS ?= -s -w
 # Arguments for the test runner, such as: make test TEST='-only module/packet -v'
 TEST ?=
 
-.PHONY: build demo test soak bench lint deps generate clean help dirs runtests
+.PHONY: build demo test soak bench lint deps generate packages clean help dirs runtests
 
 help: ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -73,6 +73,9 @@ deps: ## install the Debian packages that the tests use
 
 generate: dirs ## generated code anew
 	$(GO) generate ./...
+
+packages: dirs ## .deb and .rpm for amd64 and arm64 in build/packages
+	@$(AS_BUILDER) internal/build/packages.sh build/packages
 
 clean: ## remove bin and build
 	rm -rf bin build
