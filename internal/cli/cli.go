@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/weirgate/weir/module/config"
+	"github.com/weirgate/weir/module/control"
 )
 
 // Exit codes of every command.
@@ -58,6 +59,12 @@ type Hooks struct {
 	// CheckPlugins asks the plugins of a configuration about theirs. The error
 	// may be a config.Errors. Without it, check looks at files alone.
 	CheckPlugins func(ctx context.Context, cfg *config.Config) error
+
+	// Explain says which server a request would get by a configuration alone.
+	Explain func(ctx context.Context, cfg *config.Config, q control.PolicyQuery) (*control.PolicyExplanation, error)
+
+	// RunPlugin drives a plugin by hand.
+	RunPlugin func(ctx context.Context, run PluginRun, out io.Writer) error
 }
 
 // Finding is one result of Doctor.
@@ -186,6 +193,7 @@ func (a *app) root() *cobra.Command {
 		a.checkCommand(), a.statusCommand(), a.farmsCommand(), a.serversCommand(), a.poolCommand(), a.flowsCommand(),
 		a.eventsCommand(), a.traceCommand(), a.topCommand(), a.reloadCommand(), a.rulesCommand(), a.versionCommand(), a.manCommand(),
 	)
+	root.AddCommand(a.policyCommand(), a.pluginsCommand())
 	if a.hooks.Doctor != nil {
 		root.AddCommand(a.doctorCommand())
 	}

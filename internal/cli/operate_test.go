@@ -424,3 +424,33 @@ func TestSwitchedLogger(t *testing.T) {
 		t.Errorf("%s", got)
 	}
 }
+
+// TestBrokenConfigs: check says of every broken configuration what its golden
+// file says, with exit code 2: file, line, key and what would be right.
+func TestBrokenConfigs(t *testing.T) {
+	t.Chdir("../../module/config")
+	golden, err := filepath.Glob("testdata/broken/*.txt")
+	if err != nil || len(golden) < 30 {
+		t.Fatalf("%d broken configurations, %v", len(golden), err)
+	}
+	for _, g := range golden {
+		path := strings.TrimSuffix(g, ".txt")
+		if st, err := os.Stat(path); err != nil || !st.IsDir() {
+			path += ".yaml"
+		}
+		want, err := os.ReadFile(g)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, command := range []string{"check", "run", "doctor"} {
+			var out, errs bytes.Buffer
+			code := Main([]string{"weir", command, "--config", path}, nil, &out, &errs, Hooks{
+				Run:    func(context.Context, Instance) error { t.Error("it runs"); return nil },
+				Doctor: func(context.Context, *config.Config) ([]Finding, error) { t.Error("it looks"); return nil, nil },
+			})
+			if code != ExitUsage || errs.String() != string(want) || out.Len() > 0 {
+				t.Errorf("weir %s --config %s: exit code %d\n%s%s\nwant\n%s", command, path, code, out.String(), errs.String(), want)
+			}
+		}
+	}
+}

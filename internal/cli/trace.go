@@ -18,8 +18,8 @@ import (
 	"github.com/weirgate/weir/module/control/capture"
 )
 
-// enough ends a stream that has brought what was asked for.
-var enough = errors.New("enough")
+// errEnough ends a stream that has brought what was asked for.
+var errEnough = errors.New("enough")
 
 func (a *app) traceCommand() *cobra.Command {
 	var q inquiry
@@ -54,7 +54,7 @@ func (a *app) traceCommand() *cobra.Command {
 					}()
 				}
 				err = c.Trace(ctx, control.TraceFilter{Client: p, Snap: snap}, t.record)
-				if errors.Is(err, enough) {
+				if errors.Is(err, errEnough) {
 					err = nil
 				}
 				return err
@@ -128,7 +128,7 @@ func (t *tracer) record(r *control.TraceRecord) error {
 	}
 	if t.left > 0 {
 		if t.left--; t.left == 0 {
-			return enough
+			return errEnough
 		}
 	}
 	return nil

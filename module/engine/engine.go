@@ -72,7 +72,7 @@ type Event struct {
 	// Mark is what a policy wants the rewritten packet to carry beside the
 	// engine's own mark, 0 = nothing. Packets of the Output do not carry it.
 	Mark uint32
-	Data     []byte
+	Data []byte
 }
 
 // Output collects the packets that a batch of steps emits. Its memory is used

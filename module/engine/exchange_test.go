@@ -497,7 +497,7 @@ func TestMinIdle(t *testing.T) {
 	g := newRig(t, oneServer, keepIdle, func(s *farm.Spec) { s.Farms[0].Pool.MinIdle = 3 })
 	g.iss = []packet.Seq{1000, 2000, 3000, 4000}
 	g.now = 1_790_000_000 * second // a real time: the wheel must not count up to it
-	g.wait(0) // the first step
+	g.wait(0)                      // the first step
 	g.expect("at the start", g.wait(10*millisecond), "S1 SYN:1000,0(0)", "S1 SYN:2000,0(0)", "S1 SYN:3000,0(0)")
 	for i := range packet.Seq(3) {
 		g.server(s1, uint16(10240+i), seg{fl: syn | ack, seq: 499, ack: 1000*(i+1) + 1, opts: sackPermitted})

@@ -102,6 +102,24 @@ func TestTunnelReorder(t *testing.T) {
 	k.want("up", string(v.got[n:]), "")
 }
 
+// TestTunnelAndFIN: a server that agrees and closes in one segment.
+func TestTunnelAndFIN(t *testing.T) {
+	g := newRig(t, oneServer, keepIdle)
+	k := newChat(g, c1, 100)
+	k.send(upgrade)
+	v := k.server(0)
+	k.fromServer(v, seg{fl: ack | psh | fin, data: switched + "bye"})
+	k.want("down", string(k.got), switched+"bye")
+	k.send("too late")
+	k.close()
+	if !k.fin || !v.fin || !strings.HasSuffix(string(v.got), "too late") || k.rst || v.rst {
+		t.Errorf("client closed %v, server closed %v and got %q", k.fin, v.fin, v.got)
+	}
+	if u := g.e.Usage(); u.Clients != 0 || u.Servers != 0 {
+		t.Errorf("left are %+v", u)
+	}
+}
+
 // TestTunnelEnds: a reset passes, silence ends a tunnel only after its own,
 // long time.
 func TestTunnelEnds(t *testing.T) {
@@ -306,7 +324,7 @@ func TestConnectionAuthControl(t *testing.T) {
 // another one. It never waits for anybody else.
 func TestPrivateEnds(t *testing.T) {
 	const challenge = "HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: Negotiate\r\nContent-Length: 0\r\n\r\n"
-	for _, how := range []string{"FIN", "RST", "bytes", "drain", "close"} {
+	for _, how := range []string{"FIN", "RST", "bytes", "drain", "drain later", "close"} {
 		g := newRig(t, oneServer, keepIdle)
 		g.iss = []packet.Seq{1000, 2000, 3000}
 		k := newChat(g, c1, 100)
@@ -323,6 +341,18 @@ func TestPrivateEnds(t *testing.T) {
 				t.Errorf("a challenge that closes: client closed %v, server closed %v", k.fin, v.fin)
 			}
 			continue
+		case "drain later":
+			k.reply(v, challenge)
+			k.wait(10 * second)
+			if v.fin {
+				t.Error("closed for no reason")
+			}
+			g.db.Farms[0].Servers[0].Live.State.Store(uint32(snapshot.Drain))
+			k.wait(2 * second)
+			if !v.fin {
+				t.Error("an idle private connection to a server that is drained stays")
+			}
+			g.db.Farms[0].Servers[0].Live.State.Store(uint32(snapshot.Ready))
 		default:
 			k.reply(v, challenge)
 			s := seg{fl: ack | fin}

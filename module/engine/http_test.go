@@ -353,6 +353,36 @@ func TestNoResponse(t *testing.T) {
 	}
 }
 
+// TestLateGarbage: what is no response, and comes over a connection that has
+// served before, may be late words of the exchange before: a request that may
+// be repeated goes to another connection, any other one gets 502.
+func TestLateGarbage(t *testing.T) {
+	for _, c := range []struct {
+		request string
+		again   bool
+	}{{"GET /2 HTTP/1.1\nHost: a\n\n", true}, {"POST /2 HTTP/1.1\nHost: a\nContent-Length: 0\n\n", false}} {
+		g := newRig(t, oneServer, keepIdle)
+		g.iss = []packet.Seq{1000, 2000}
+		k := newChat(g, c1, 100)
+		k.send(http("GET /1 HTTP/1.1\nHost: a\n\n"))
+		v := k.server(0)
+		k.reply(v, okEmpty)
+		k.got = nil
+		k.send(http(c.request))
+		k.reply(v, "late words")
+		if !v.rst || k.pooled() != 0 || c.again != (len(k.order) == 2) {
+			t.Fatalf("%q: reset %v, %d connections", c.request, v.rst, len(k.order))
+		}
+		if c.again {
+			k.want("the other connection", string(k.server(1).got), http(c.request))
+			k.reply(k.server(1), okEmpty)
+			k.want("the client", string(k.got), okEmpty)
+		} else if !strings.HasPrefix(string(k.got), "HTTP/1.1 502 ") {
+			t.Errorf("%q: the client got %q", c.request, k.got)
+		}
+	}
+}
+
 // TestStuckInDoubt: a client that takes a doubtful response for complete, and
 // asks again, is not left alone with it for the whole response timeout. One
 // that waits for the close is.

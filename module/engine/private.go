@@ -49,10 +49,26 @@ func (e *Engine) keepPrivate(r splice.Ref, c *splice.Client, s splice.Ref, v *sp
 	}
 	e.kepts.drop(&v.Kept)
 	v.State = splice.ServerIdle
-	v.Idle, v.Due = e.now, 0
+	v.Idle, v.Due = e.now, e.now+ownCheck
 	v.RcvHigh = v.RcvNxt
 	v.Cli, v.Next, c.Own = r, c.Own, s
+	e.touchServer(s, v)
 	return true
+}
+
+// ownCheck is how often an idle private connection looks whether its server
+// still takes requests.
+const ownCheck = second
+
+// checkOwn closes an idle private connection whose server takes nothing new.
+// Nothing else ends it but its client and its server.
+func (e *Engine) checkOwn(s splice.Ref, v *splice.Server) {
+	if sv := e.db.Server(v.ID); sv == nil || sv.Removed() || sv.Live.State.Load() != uint32(snapshot.Ready) {
+		e.closeServer(s, v, ReasonServerGone)
+		return
+	}
+	v.Due = e.now + ownCheck
+	e.touchServer(s, v)
 }
 
 // ownServer returns an idle private connection of the client to a server that

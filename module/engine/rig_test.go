@@ -106,14 +106,13 @@ func figure8(s *farm.Spec) {
 
 // seg is one segment that a test sends.
 type seg struct {
-	fl     packet.Flags
-	seq    packet.Seq
-	ack    packet.Seq
-	data   string
-	win    uint16
-	opts   []byte
-	bad    bool // wrong checksum
-	noSACK bool
+	fl   packet.Flags
+	seq  packet.Seq
+	ack  packet.Seq
+	data string
+	win  uint16
+	opts []byte
+	bad  bool // wrong checksum
 }
 
 func ep(a netip.AddrPort) packet.Endpoint { return packet.EndpointFrom(a) }

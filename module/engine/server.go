@@ -457,7 +457,7 @@ func (e *Engine) followDrain(s splice.Ref, v *splice.Server, b []byte) bool {
 					continue
 				}
 				v.Flags |= splice.ServerHeadDone
-				if v.Resp.Outcome != http1.Accept || v.Resp.Close || v.Resp.Minor == 0 && !v.Resp.KeepAlive || v.Resp.ConnAuth || v.Resp.Body == http1.BodyUntilClose {
+				if v.Flags&splice.ServerEarly != 0 || v.Resp.Outcome != http1.Accept || v.Resp.Close || v.Resp.Minor == 0 && !v.Resp.KeepAlive || v.Resp.ConnAuth || v.Resp.Body == http1.BodyUntilClose {
 					e.killServer(s, v, ReasonDrainLimit)
 					return false
 				}

@@ -610,6 +610,10 @@ func (e *Engine) serverActive(s splice.Ref, v *splice.Server, p *packet.TCP, ev 
 			if !e.follow(r, c, s, v, body[skip:n]) {
 				return
 			}
+			if v.Flags&splice.ServerTunnel != 0 { // by this segment
+				e.tunnelToClient(r, c, s, v, p, ev, seq, body[:n], cut != 0)
+				return
+			}
 		} else if v.Flags&splice.ServerRespEnd == 0 {
 			// Beyond a gap: only what is certainly part of the response passes.
 			if v.Flags&splice.ServerHeadDone == 0 || uint64(v.RcvNxt.To(end)) > v.Body.Known() {

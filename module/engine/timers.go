@@ -311,6 +311,10 @@ func (e *Engine) serverFires(s splice.Ref, v *splice.Server) {
 			e.sendSYN(s, v)
 		}
 	case splice.ServerIdle:
+		if v.Flags&splice.ServerPrivate != 0 {
+			e.checkOwn(s, v)
+			return
+		}
 		if v.Idle+surplusLife <= e.now && surplus(e.db.FarmByID(v.Farm), e.db.Server(v.ID)) {
 			e.closeServer(s, v, ReasonMaxIdle)
 			return

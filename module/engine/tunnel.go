@@ -102,6 +102,15 @@ func (e *Engine) tunnelToServer(r splice.Ref, c *splice.Client, s splice.Ref, v 
 // is not the whole packet any more.
 func (e *Engine) tunnelToClient(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server, p *packet.TCP, ev *Event, seq packet.Seq, b []byte, cut bool) {
 	last := seq.Add(packet.Size(len(b)))
+	if len(b) > 0 {
+		c.Flags |= splice.ClientResponded
+		if v.RcvHigh.Less(last) {
+			if e.access != nil {
+				e.access.passed(e, r, v.RcvHigh.To(last))
+			}
+			e.seen(v, v.RcvHigh, last)
+		}
+	}
 	if p.Flags().Has(packet.FIN) {
 		c.OurFIN = c.Epoch.SeqToClient(last)
 		c.Flags |= splice.ClientFINSent
@@ -126,6 +135,9 @@ func (e *Engine) tunnelOver(r splice.Ref, c *splice.Client, s splice.Ref, v *spl
 	}
 	e.served(c, v)
 	e.Count.add(ReasonServed)
+	if e.access != nil {
+		e.access.served(e, r, c)
+	}
 	e.closing(v, Reason(v.Reason))
 	v.Cli, c.Srv = 0, 0
 	e.removeServer(s, v, false)
