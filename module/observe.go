@@ -18,10 +18,10 @@ import (
 const observePace = time.Second
 
 // telling are the engine's reasons that become events when they are counted.
-var telling = [...]engine.Reason{
+var telling = append([]engine.Reason{
 	engine.ReasonTableFull, engine.ReasonNoPort, engine.ReasonWaitingFull, engine.ReasonBadResponse,
 	engine.ReasonExtraBytes, engine.ReasonIdleBytes, engine.ReasonAckCausality, engine.ReasonTruncatedResponse,
-}
+}, engine.Refusals()...)
 
 // observer remembers what was counted at the last look.
 type observer struct {

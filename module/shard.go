@@ -220,6 +220,9 @@ func (s *shard) handle(now int64, batch []divert.Packet) {
 		case engine.Rewrite:
 			p.Verdict = divert.Rewritten
 			p.Data = ev.Data
+			if p.GSO {
+				s.m.finishLocal(p.Data)
+			}
 			p.Mark = p.Mark&^s.mask | s.mark
 			if ev.Mark != 0 {
 				// The rest of the mark is the policies', where they use it.

@@ -4,6 +4,7 @@ package module
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"time"
@@ -11,6 +12,7 @@ import (
 	"github.com/weirgate/weir/module/config"
 	"github.com/weirgate/weir/module/control"
 	"github.com/weirgate/weir/module/farm"
+	"github.com/weirgate/weir/module/packet"
 	"github.com/weirgate/weir/nft"
 )
 
@@ -35,6 +37,10 @@ func (m *Module) watchRules(give *undo) error {
 	if err != nil {
 		return err
 	}
+	if m.local, err = nft.WatchLocal(); err != nil {
+		return errors.Join(err, w.Close())
+	}
+	give.add(m.local.Close)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
 	go func() {
@@ -49,6 +55,16 @@ func (m *Module) watchRules(give *undo) error {
 		return w.Close()
 	})
 	return nil
+}
+
+// finishLocal makes the checksum of a rewritten super-packet to an address of
+// this host. One that is forwarded gets its checksums when it is cut; here the
+// kernel verifies the packet as it is.
+func (m *Module) finishLocal(data []byte) {
+	p, problem := packet.ParseTCP(data)
+	if problem == packet.OK && m.local.Has(p.Dst().Addr) {
+		p.FillChecksum()
+	}
 }
 
 // leaveRules removes the rules. After an orderly stop with firewall.on_stop:

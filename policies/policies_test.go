@@ -354,6 +354,9 @@ func TestTelemetryHelpers(t *testing.T) {
 	if Peak(b, a) != BoundOf(3) || Peak(a, a) != 0 || Peak(a, b) != BoundOf(1) || Peak(a, nil) != BoundOf(1) {
 		t.Errorf("peaks %s %s %s %s", Peak(b, a), Peak(a, a), Peak(a, b), Peak(a, nil))
 	}
+	if m := Middle(b, a); m < BoundOf(1)*3/4 || m > BoundOf(3)*3/4 || Middle(a, a) != 0 {
+		t.Errorf("middle %s", m)
+	}
 	if Since(5, 3) != 2 || Since(2, 3) != 2 {
 		t.Error("Since is wrong")
 	}

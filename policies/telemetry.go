@@ -3,6 +3,7 @@
 package policies
 
 import (
+	"math"
 	"time"
 
 	"github.com/weirgate/weir/policies/policypb"
@@ -27,6 +28,28 @@ func Mean(now, before *Histogram) (mean time.Duration, n uint64) {
 		return 0, 0
 	}
 	return time.Duration(sum / n), n
+}
+
+// Middle returns the geometric mean of the durations that came between two
+// readings of a histogram: what is usual, which a few that took very long hardly
+// move. It is as exact as the histogram's counts, which is a factor of two.
+func Middle(now, before *Histogram) time.Duration {
+	was := before.GetCounts()
+	if count(before) > count(now) {
+		was = nil
+	}
+	n, sum := 0.0, 0.0
+	for i, c := range now.GetCounts() {
+		if i < len(was) {
+			c = Since(c, was[i])
+		}
+		n += float64(c)
+		sum += float64(c) * math.Log2(0.75*float64(BoundOf(i)))
+	}
+	if n == 0 {
+		return 0
+	}
+	return time.Duration(math.Exp2(sum / n))
 }
 
 // Peak returns a bound of the longest duration that came between two readings

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"encoding/json"
 	"errors"
@@ -52,20 +51,21 @@ func (j loadJob) args() []string {
 
 // loadResult is what the load generator has seen in the measured time.
 type loadResult struct {
-	Requests uint64        `json:"requests"` // complete responses
-	Bytes    uint64        `json:"bytes"`    // received, heads included
-	Errors   uint64        `json:"errors"`
-	Error    string        `json:"error,omitempty"` // the first one
-	Elapsed  time.Duration `json:"elapsed"`
-	P50      time.Duration `json:"p50"` // of complete responses
-	P99      time.Duration `json:"p99"`
+	Requests uint64 `json:"requests"` // complete responses
+	Bytes    uint64 `json:"bytes"`    // received, heads included
+	// AllRequests and AllBytes are the same with the warm-up: what others
+	// count while the load generator lives belongs to these.
+	AllRequests uint64 `json:"all_requests"`
+	AllBytes    uint64 `json:"all_bytes"`
+
+	Errors  uint64        `json:"errors"`          // of all
+	Error   string        `json:"error,omitempty"` // the first one
+	Elapsed time.Duration `json:"elapsed"`
+	P50     time.Duration `json:"p50"` // of complete responses
+	P99     time.Duration `json:"p99"`
 }
 
-// loadBegun is the line that says that the measured time begins.
-const loadBegun = "begun"
-
-// runLoad is the load generator's main function. It writes loadBegun when the
-// warm-up is over, and a loadResult at the end.
+// runLoad is the load generator's main function. It writes a loadResult.
 func runLoad(args []string, stdout io.Writer) error {
 	var j loadJob
 	var sources string
@@ -90,15 +90,11 @@ func runLoad(args []string, stdout io.Writer) error {
 		}
 		j.Sources = append(j.Sources, a)
 	}
-	out := bufio.NewWriter(stdout)
-	res, err := j.run(func() { _, _ = fmt.Fprintln(out, loadBegun); _ = out.Flush() })
+	res, err := j.run()
 	if err != nil {
 		return err
 	}
-	if err := json.NewEncoder(out).Encode(res); err != nil {
-		return err
-	}
-	return out.Flush()
+	return json.NewEncoder(stdout).Encode(res)
 }
 
 // client is one connection of the load generator.
@@ -122,7 +118,7 @@ type generator struct {
 	buf     []byte
 }
 
-func (j loadJob) run(begun func()) (loadResult, error) {
+func (j loadJob) run() (loadResult, error) {
 	runtime.LockOSThread()
 	g := &generator{job: j, buf: make([]byte, 256<<10), clients: make([]client, j.Connections)}
 	connection := ""
@@ -144,6 +140,7 @@ func (j loadJob) run(begun func()) (loadResult, error) {
 	}
 	events := make([]unix.EpollEvent, 256)
 	measuring := false
+	var warm loadResult
 	from, until := int64(j.Warm), int64(j.Warm+j.Measure)
 	for {
 		n, err := unix.EpollWait(g.epoll, events, 100)
@@ -154,13 +151,15 @@ func (j loadJob) run(begun func()) (loadResult, error) {
 		switch {
 		case measuring && now >= until:
 			g.res.Elapsed = time.Duration(now - from)
+			g.res.AllRequests, g.res.AllBytes = g.res.Requests, g.res.Bytes
+			g.res.Requests -= warm.Requests
+			g.res.Bytes -= warm.Bytes
 			g.res.P50, g.res.P99 = g.hist.quantile(0.5), g.hist.quantile(0.99)
 			return g.res, nil
 		case !measuring && now >= from:
 			// What went wrong while the connections were made counts.
 			measuring, from, until = true, now, now+int64(j.Measure)
-			g.res.Requests, g.res.Bytes, g.hist = 0, 0, histogram{}
-			begun()
+			warm, g.hist = g.res, histogram{}
 		}
 		for i := range max(n, 0) {
 			c := int(events[i].Fd)

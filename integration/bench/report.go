@@ -48,10 +48,10 @@ func (s sample) speed() float64 {
 
 // reuse is the share of requests that needed no new server connection.
 func (s sample) reuse() float64 {
-	if s.Requests == 0 {
+	if s.AllRequests == 0 {
 		return 0
 	}
-	return max(1-float64(s.opened)/float64(s.Requests), 0)
+	return max(1-float64(s.opened)/float64(s.AllRequests), 0)
 }
 
 func (s sample) String() string {
@@ -165,7 +165,7 @@ func (r *report) markdown(w io.Writer) error {
 		fmt.Fprintf(b, "- %s\n", m)
 	}
 	fmt.Fprintf(b, `
-Client, router and server are network namespaces joined by virtual links; one nginx process is the server, one thread the load generator, and all share the machine's processors. *Direct* is plain routing. *Server* and *router* are the processor time, user and system, of the server's process and of the contender's for each request (in bulk: for each 100 MB); the kernel's work in interrupts is in neither. HAProxy and nginx have settings that help bulk transfers more (*haproxy-splice* and *nginx-large* of the full run). *Packets* is what the server sees for each request, both ways. *Reuse* is the share of requests that needed no new server connection.
+Client, router and server are network namespaces joined by virtual links; one nginx process is the server, one thread the load generator, and all share the machine's processors. *Direct* is plain routing. *Server* and *router* are the processor time, user and system, of the server's process and of the contender's for each request (in bulk: for each 100 MB); the kernel's work in interrupts is in neither. HAProxy and nginx have settings that help bulk transfers more (*haproxy-splice* and *nginx-large* of the full run). *Packets* is what the server sees for each request, both ways, and *opened* its connections, those of the warm-up included. *Reuse* is the share of requests that needed no new server connection.
 `)
 	for _, l := range r.workloads {
 		fmt.Fprintf(b, "\n## %s: %s\n\n", l.name, l.what)

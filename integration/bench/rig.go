@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -226,7 +225,7 @@ func (r *rig) accepted() (int, error) {
 	return n, nil
 }
 
-// counters are read at the begin and at the end of a measurement.
+// counters are read before the load generator starts and after its end.
 type counters struct {
 	server, router time.Duration // processor time
 	traffic        lab.Traffic   // at the server
@@ -258,6 +257,13 @@ func (r *rig) visit(ctx context.Context, w io.Writer, rep *report, round int, c 
 			return err
 		}
 	}
+	// What a program does when it starts, and with its first connections, is
+	// not what is compared.
+	if len(what) > 0 {
+		if _, err := r.measure(ctx, p, c, what[0], startUp); err != nil {
+			return fmt.Errorf("%s: %w", what[0].name, err)
+		}
+	}
 	for _, l := range what {
 		s, err := r.measure(ctx, p, c, l, measure)
 		if err != nil {
@@ -281,8 +287,12 @@ func (r *rig) visit(ctx context.Context, w io.Writer, rep *report, round int, c 
 	}
 }
 
-// warmUp is how long the load runs before it is measured.
-const warmUp = 300 * time.Millisecond
+// warmUp is how long each load runs before it is measured, startUp how long
+// the first one runs after a contender's start.
+const (
+	warmUp  = 200 * time.Millisecond
+	startUp = time.Second
+)
 
 // measure runs one workload against one contender.
 func (r *rig) measure(ctx context.Context, p *lab.Process, c contender, l workload, d time.Duration) (sample, error) {
@@ -291,51 +301,28 @@ func (r *rig) measure(ctx context.Context, p *lab.Process, c contender, l worklo
 	}
 	ctx, cancel := context.WithTimeout(ctx, warmUp+d+10*time.Second)
 	defer cancel()
-	in, out, err := os.Pipe()
-	if err != nil {
-		return sample{}, err
-	}
-	defer in.Close()
-	cmd := r.client.CommandContext(ctx, r.self, job.args()...)
-	var stderr strings.Builder
-	cmd.Stdout, cmd.Stderr = out, &stderr
-	load, err := r.client.Start(cmd)
-	_ = out.Close()
-	if err != nil {
-		return sample{}, err
-	}
-	lines := bufio.NewReader(in)
-	fail := func(err error) (sample, error) {
-		return sample{}, fmt.Errorf("load generator: %w: %w: %s", err, errors.Join(load.Kill(), load.Wait()), strings.TrimSpace(stderr.String()))
-	}
-	if line, err := lines.ReadString('\n'); err != nil || strings.TrimSpace(line) != loadBegun {
-		return fail(fmt.Errorf("it says %q, %w", line, err))
-	}
 	before, err := r.count(p)
 	if err != nil {
-		return fail(err)
+		return sample{}, err
 	}
-	line, err := lines.ReadString('\n')
+	out, err := r.client.Run(ctx, r.self, job.args()...)
 	if err != nil {
-		return fail(err)
+		return sample{}, fmt.Errorf("load generator: %w", err)
 	}
 	after, err := r.count(p)
 	if err != nil {
-		return fail(err)
+		return sample{}, err
 	}
 	var res loadResult
-	if err := json.Unmarshal([]byte(line), &res); err != nil {
-		return fail(err)
-	}
-	if err := load.Wait(); err != nil {
-		return fail(err)
+	if err := json.Unmarshal(out, &res); err != nil {
+		return sample{}, fmt.Errorf("load generator: %q: %w", out, err)
 	}
 	s := sample{loadResult: res, bulk: l.bulk}
 	// A response that is not complete when the time is over is work all the
 	// same: bulk transfers are counted by their bytes.
-	n := float64(res.Requests)
+	n := float64(res.AllRequests)
 	if l.bulk {
-		n = float64(res.Bytes) / float64(l.size)
+		n = float64(res.AllBytes) / float64(l.size)
 	}
 	if n > 0 {
 		s.serverCPU = time.Duration(float64(after.server-before.server) / n)

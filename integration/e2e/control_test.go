@@ -346,6 +346,26 @@ func TestTrace(t *testing.T) {
 			}
 		}
 	}
+	// The file can be played again, also under another configuration.
+	replay := func(config string) string {
+		t.Helper()
+		b, err := exec.CommandContext(t.Context(), r.bin, "replay", file, "--config", config).CombinedOutput()
+		if err != nil {
+			t.Fatalf("weir replay: %v\n%s", err, b)
+		}
+		return string(b)
+	}
+	if out := replay(r.file()); !strings.Contains(out, "GET /traced") || !strings.Contains(out, "web/s1") || !strings.Contains(out, "1 requests on 1 connections") {
+		t.Errorf("weir replay:\n%s", out)
+	}
+	other := filepath.Join(r.dir, "other.yaml")
+	what := r.text(setup{servers: []string{"s1=0"}, farm: "    policies: [{use: path, config: {routes: [{prefix: /other/, servers: [s1]}]}}]\n"})
+	if err := os.WriteFile(other, []byte(what), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if out := replay(other); !strings.Contains(out, "answer 404") {
+		t.Errorf("weir replay with another configuration:\n%s", out)
+	}
 	r.mustAsk("/after") // without a tap
 	r.stop(w)
 	t.Run("tshark", func(t *testing.T) {

@@ -62,6 +62,9 @@ func binary(t testing.TB) string {
 		for _, b := range [][2]string{
 			{filepath.Join(built.dir, "weir"), "github.com/weirgate/weir/cmd/weir"},
 			{filepath.Join(plugins, "path"), "github.com/weirgate/weir/plugins/path"},
+			{filepath.Join(plugins, "load"), "github.com/weirgate/weir/plugins/load"},
+			{filepath.Join(plugins, "state"), "github.com/weirgate/weir/plugins/state"},
+			{filepath.Join(plugins, "bandwidth"), "github.com/weirgate/weir/plugins/bandwidth"},
 		} {
 			if out, err := exec.Command(gotool, "build", "-o", b[0], b[1]).CombinedOutput(); err != nil {
 				built.err = fmt.Errorf("go build %s: %w\n%s", b[1], err, out)

@@ -193,40 +193,18 @@ func TestSmuggling(t *testing.T) {
 	if t.Failed() {
 		return
 	}
-	recs := r.settled()
-	weir := believed(t, recs, r.SNIP())
-	agreed := 0
-	said := map[string]string{} // what came back, by unique text
+	said := map[string]string{}
 	for i, j := range jobs {
 		said[j.id] = answers[i]
 	}
-	refused := func(target string) bool {
-		for _, dir := range []string{"/p/", "/early/"} {
-			if _, id, ok := strings.Cut(target, dir); ok && len(id) >= len(mark) {
-				a := said[id[:len(mark)]]
-				return len(a) > 12 && strings.HasPrefix(a, "HTTP/1.") && (a[9] == '4' || a[9] == '5')
-			}
-		}
-		return false
-	}
+	weir, logs, agreed := r.witness(real, said)
 	for _, s := range real {
-		// Servers write their logs when they are done with a request, which may
-		// be a moment after the client is.
-		log := s.ledger(t)
-		for end := time.Now().Add(10 * time.Second); time.Now().Before(end) && !same(s.port, log, weir, refused); log = s.ledger(t) {
-			time.Sleep(50 * time.Millisecond)
-		}
-		agreed += compare(t, s.name, s.port, log, weir, refused)
-		for k, list := range log {
+		for k, list := range logs[s.name] {
 			for _, x := range list {
 				if strings.Contains(x.target, "smuggled") {
 					t.Errorf("%s, connection from port %d: a smuggled request arrived: %v", s.name, k[1], x)
 				}
 			}
-		}
-		f := r.farm(s.name)
-		if n := f.Servers[0].Requests; int(n) != weir.count(s.port) {
-			t.Errorf("%s: weir counts %d requests and sent %d", s.name, n, weir.count(s.port))
 		}
 	}
 	var tally [5]int
@@ -240,15 +218,41 @@ func TestSmuggling(t *testing.T) {
 		tally[pass], tally[isolate], tally[refuse], tally[spoil], tally[abort], agreed)
 }
 
+// witness compares every server's log with what weir believes and counts. said
+// is what came back to clients, by their unique texts.
+func (r *rig) witness(servers []*backend, said map[string]string) (weir ledger, logs map[string]ledger, agreed int) {
+	r.t.Helper()
+	weir, logs = believed(r.t, r.settled(), r.SNIP()), map[string]ledger{}
+	refused := func(target string) bool {
+		for i := 0; i+len(mark) <= len(target); i++ {
+			if a, ok := said[target[i:i+len(mark)]]; ok {
+				return strings.Contains(a, "HTTP/1.1 4") || strings.Contains(a, "HTTP/1.1 5") || strings.Contains(a, "HTTP/1.0 4")
+			}
+		}
+		return false
+	}
+	for _, s := range servers {
+		// Servers write their logs when they are done with a request, which may
+		// be a moment after the client is.
+		log := s.ledger(r.t)
+		for end := time.Now().Add(10 * time.Second); time.Now().Before(end) && !same(s.port, log, weir, refused); log = s.ledger(r.t) {
+			time.Sleep(50 * time.Millisecond)
+		}
+		agreed += compare(r.t, s.name, s.port, log, weir, refused)
+		if n := r.farm(s.name).Servers[0].Requests; int(n) != weir.count(s.port) {
+			r.t.Errorf("%s: weir counts %d requests and sent %d", s.name, n, weir.count(s.port))
+		}
+		logs[s.name] = log
+	}
+	return weir, logs, agreed
+}
+
 // settled waits until no packet comes any more and returns what was captured.
 func (r *rig) settled() []lab.Record {
 	r.t.Helper()
-	n := -1
 	until(r.t, 20*time.Second, "a quiet wire", func() bool {
-		was := n
-		n = len(r.wire.Records())
-		time.Sleep(100 * time.Millisecond)
-		return was == n
+		recs := r.wire.Records()
+		return len(recs) > 0 && time.Since(recs[len(recs)-1].Time) > 200*time.Millisecond
 	})
 	recs, err := r.wire.Stop()
 	if err != nil {
@@ -292,7 +296,7 @@ func judge(p payload, id, answer string, weir ledger) error {
 	return nil
 }
 
-// count is how many requests a server had, complete how many of them whole.
+// count is how many requests a server had.
 func (l ledger) count(port uint16) (n int) {
 	for k, list := range l {
 		for _, s := range list {
@@ -304,15 +308,82 @@ func (l ledger) count(port uint16) (n int) {
 	return n
 }
 
-func (l ledger) complete(port uint16) (n int) {
-	for k, list := range l {
-		for _, s := range list {
-			if k[0] == port && s.complete {
-				n++
-			}
-		}
+// TestMutations: the corpus with random changes, onto every server. Nobody
+// knows what is to become of each, but the logs and weir have to agree.
+func TestMutations(t *testing.T) {
+	rnd := seeded(t)
+	r, servers := smuggleRig(t)
+	real := servers[:5]
+	payloads := corpus()
+	n := size(2000, 200_000)
+	ids, answers, seeds := make([]string, n), make([]string, n), make([]uint64, n)
+	for i := range n {
+		ids[i], seeds[i] = name("m", i, 0), rnd.Uint64()
 	}
-	return n
+	parallel(t, n, 24, func(i int) error {
+		rnd := rand.New(rand.NewPCG(seeds[i], 6))
+		s := real[i%len(real)]
+		p := mutate(payloads[rnd.IntN(len(payloads))], rnd)
+		var cut *rand.Rand
+		if rnd.IntN(2) == 0 {
+			cut = rnd
+		}
+		var err error
+		if answers[i], err = r.play(s.port, p, ids[i], cut, false); err != nil {
+			return fmt.Errorf("%q onto %s: %w; got %q", p.parts, s.name, err, clip(answers[i], 200))
+		}
+		want := map[string]string{"go": "go TARGET", "nginx": "nginx TARGET", "haproxy": "haproxy"}[s.name]
+		return r.probe(s.port, "/probe/"+ids[i], want)
+	})
+	if t.Failed() {
+		return
+	}
+	said := map[string]string{}
+	for i := range n {
+		said[ids[i]] = answers[i]
+	}
+	_, _, agreed := r.witness(real, said)
+	t.Logf("%d mutations, %d requests agree", n, agreed)
+}
+
+// mutate changes a payload in a few places, but not its mark, nor into
+// characters that logs write in their own ways.
+func mutate(p payload, rnd *rand.Rand) payload {
+	const with = "\r\n\r\n\r\n \t\x00\x0b\x7f\x80\xff:;,/.-_=+%()aAxX0159fF"
+	var parts []string
+	for _, part := range p.parts {
+		pieces := strings.Split(part, mark)
+		for range 1 + rnd.IntN(3) {
+			k := rnd.IntN(len(pieces))
+			b := pieces[k]
+			if len(b) == 0 {
+				continue
+			}
+			at := rnd.IntN(len(b))
+			to := min(len(b), at+1+rnd.IntN(1<<rnd.IntN(6)))
+			switch c := with[rnd.IntN(len(with))]; rnd.IntN(6) {
+			case 0:
+				b = b[:at] + string([]byte{c}) + b[at:]
+			case 1:
+				b = b[:at] + string([]byte{c}) + b[at+1:]
+			case 2:
+				b = b[:at] + b[at+1:]
+			case 3:
+				b = b[:at] + b[at:to] + b[at:]
+			case 4:
+				b = b[:at] + b[to:]
+			default: // a line twice, or none
+				lines := strings.SplitAfter(b, "\r\n")
+				l := rnd.IntN(len(lines))
+				lines[l] = strings.Repeat(lines[l], 2*rnd.IntN(2))
+				b = strings.Join(lines, "")
+			}
+			pieces[k] = b
+		}
+		parts = append(parts, strings.Join(pieces, mark))
+	}
+	p.parts, p.pause = parts, min(p.pause, 50*time.Millisecond)
+	return p
 }
 
 // TestCarelessServer is the negative control of the witness, and what weir can

@@ -228,7 +228,13 @@ func (c *client) breakOff() {
 		c.conn.Vanish()
 	case AbortHalf:
 		c.conn.CloseWrite()
-		// Whatever comes is read; then the other side closes or resets.
+		// Whatever comes is read; then the other side closes or resets. The
+		// reset may be lost, so the client waits for a time only.
+		c.w.after(c.w.Scenario.Bound, func() {
+			if !c.through {
+				c.conn.Abort()
+			}
+		})
 	}
 }
 

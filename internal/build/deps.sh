@@ -37,6 +37,7 @@ need() { have "$1" || missing+=("$2"); }
 need nginx nginx-light # the servers behind the router
 need apache2 apache2-bin
 need haproxy haproxy # what the comparisons compare with
+need lighttpd lighttpd # one more server that has to agree on framing
 need curl curl         # clients
 need ab apache2-utils
 need wrk wrk
@@ -86,7 +87,7 @@ else
   rm -f "$tmp"
 fi
 if [ -z "$ours" ]; then
-  for service in nginx apache2 haproxy; do
+  for service in nginx apache2 haproxy lighttpd; do
     rc=0
     "$policy" "$service" start >/dev/null 2>&1 || rc=$?
     if [ "$rc" -ne 101 ]; then

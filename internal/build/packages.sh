@@ -12,7 +12,10 @@ out=${1:-build/packages}
 case $out in /*) ;; *) out=$PWD/$out ;; esac
 cd "$top"
 go=internal/build/go.sh
-# The newest release whose modules the Go proxy has all of.
+if [ "$(id -u)" = 0 ] && [ "$($go --builder)" != "$(id -un)" ]; then
+  exec $go --as-builder internal/build/packages.sh "$out"
+fi
+# One version for everybody, so that all make the same packages.
 nfpm=github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.43.4
 
 if [ -z "${WEIR_VERSION:-}" ]; then

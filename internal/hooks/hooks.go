@@ -28,7 +28,7 @@ import (
 
 // All are the hooks of the weir command.
 func All() cli.Hooks {
-	return cli.Hooks{Run: run, Doctor: examine, Replay: replayCapture, Demo: show, DemoServer: demo.Serve, Cleanup: cleanup, CheckPlugins: checkPlugins}
+	return cli.Hooks{Run: run, Doctor: examine, Replay: replayCapture, Demo: show, DemoServer: demo.Serve, Cleanup: cleanup, CheckPlugins: checkPlugins, Explain: explainOffline, RunPlugin: runPlugin}
 }
 
 func run(ctx context.Context, in cli.Instance) error {

@@ -114,8 +114,14 @@ func Compare(now, next *Config) Plan {
 // can change: what a running instance makes of next.
 func WithRestartKeys(now, next *Config) *Config {
 	c := *next
-	c.RuntimeDir, c.Source, c.Queue, c.Admin = now.RuntimeDir, now.Source, now.Queue, now.Admin
-	c.Firewall.Table, c.Firewall.Mark, c.Firewall.Inspect = now.Firewall.Table, now.Firewall.Mark, now.Firewall.Inspect
+	for _, key := range restartKeys {
+		f, from, to := schema, reflect.ValueOf(now).Elem(), reflect.ValueOf(&c).Elem()
+		for word := range strings.SplitSeq(key, ".") {
+			f = f.child(word)
+			from, to = from.Field(f.index), to.Field(f.index)
+		}
+		to.Set(from)
+	}
 	return &c
 }
 

@@ -58,6 +58,7 @@ func routes(p Provider, ending <-chan struct{}) http.Handler {
 			table[path] = methods
 		}
 	}
+	policyRoutes(table, p)
 	mux := http.NewServeMux()
 	for path, methods := range table {
 		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {

@@ -144,7 +144,7 @@ func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
 	}
 	if b := e.tombs.Get(key, e.seconds()); b != nil {
 		old := b.IRS == isn || b.ISS == iss || p.Ack().In(b.ISS, b.SndNxt.Add(1))
-		if !old && (p.PayloadLen() > 0 || fl.Has(packet.FIN)) && !e.fresh(key, isn, iss) && e.opt.Handshake.Recent(key, e.now) {
+		if !old && !e.fresh(key, isn, iss) && e.opt.Handshake.Recent(key, e.now) {
 			// It may have overtaken the first segment of a new incarnation.
 			e.Count.add(ReasonBadCookie)
 			return 0

@@ -241,7 +241,35 @@ func (e *Engine) wait(r splice.Ref, c *splice.Client, f *farm.Farm) bool {
 	}
 	l.refs = append(l.refs, r)
 	e.touchClient(r, c)
+	e.armLines()
 	return true
+}
+
+// lineEvery is how often the lines of a shard look again by themselves where
+// several shards share the servers: a place that gets free in another shard at
+// the wrong moment is not announced to them.
+const lineEvery = 20 * millisecond
+
+func (e *Engine) lineTimer() uint32 { return uint32(e.opt.Clients+e.opt.Servers) + 4 }
+
+func (e *Engine) armLines() {
+	if e.opt.Shards > 1 && e.wheel.at(e.lineTimer()) == 0 {
+		e.wheel.set(e.lineTimer(), e.now+lineEvery)
+	}
+}
+
+// retryLines lets all lines move, and sets the timer again while one stands.
+func (e *Engine) retryLines() {
+	standing := false
+	for _, f := range e.db.Farms { // not the map: its order is not the same twice
+		if l := e.waits[f.ID]; l != nil && l.n > 0 {
+			e.wakeFarm(f.ID)
+			standing = standing || l.n > 0
+		}
+	}
+	if standing {
+		e.armLines()
+	}
 }
 
 func (e *Engine) leaveLine(c *splice.Client, f *farm.Farm) {

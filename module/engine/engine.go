@@ -16,7 +16,12 @@
 //	cookie.go    SYN → SYN-ACK with a cookie, no state (another thread may do this)
 //	client.go    packets of clients: embryo, request head, everything outside a splice
 //	dispatch.go  a complete head → policies → a server connection, idle or new
+//	screen.go    what a farm refuses although its framing is certain; its limits
 //	splice.go    both directions of a splice, response boundary, release
+//	response.go  heads, bodies and ends of responses
+//	body.go      request bodies: 100 (Continue), framing bytes, early answers, pace
+//	tunnel.go    behind a 101: both directions without framing
+//	private.go   connections whose authentication belongs to one client
 //	server.go    packets of servers outside a splice; the pooled connection's life
 //	answer.go    the engine's own responses, closing, tombstones
 //	timers.go    what happens when nothing happens
@@ -197,7 +202,7 @@ func New(opt Options, db *farm.DB) *Engine {
 		waits:   map[uint16]*line{},
 		rnd:     mix(opt.Seed, 5),
 	}
-	e.wheel.init(opt.Clients + opt.Servers + 4)
+	e.wheel.init(opt.Clients + opt.Servers + 5)
 	return e
 }
 
@@ -288,12 +293,12 @@ func (e *Engine) rewrite(p *packet.TCP, ev *Event, w *packet.Rewrite, dirty bool
 		p.FillChecksum()
 	}
 	ev.Data = p.Raw
-	if !ev.Loopback {
+	if !ev.Loopback && !w.Dst.Addr.IsLoopback() {
 		ev.Verdict = Rewrite
 		return
 	}
-	// A packet from lo is not routed again, and one that was kept has no
-	// verdict: emit it instead. A super-packet exceeds every MTU, so it goes
+	// A packet from lo is not routed again, one rewritten to lo is a martian
+	// where it came in, and one that was kept has no verdict: emit it instead. A super-packet exceeds every MTU, so it goes
 	// out in pieces.
 	if ev.GSO {
 		e.pieces(w, p.Payload(), int(mss))

@@ -215,6 +215,23 @@ func TestFramingBytesStay(t *testing.T) {
 			t.Fatalf("%d sides are held of a body that the server has", u.Held)
 		}
 	}
+	// The negative control: without the copies the server reads other sizes.
+	for _, defence := range []bool{true, false} {
+		g := newRig(t, oneServer, keepIdle)
+		k := newChat(g, c1, 100)
+		k.send(head)
+		v := k.server(0)
+		k.deaf = true
+		k.send("5\r\nhello\r\n0\r\n\r\n")
+		v.got, v.ack = v.got[:len(head)], v.ack.Sub(15)
+		if !defence {
+			g.e.sides.at(g.e.clients.At(1).Side).frames = nil
+		}
+		k.at(-15, "a\r\nhello\r\n0\r\n\r\n", ack|psh)
+		if same := framing(string(v.got[len(head):])) == "5 0 \r\n"; same != defence {
+			t.Errorf("defence %v: the server got %q", defence, v.got[len(head):])
+		}
+	}
 	// Control.
 	g := newRig(t, oneServer, keepIdle)
 	k := newChat(g, c1, 100)

@@ -546,6 +546,13 @@ func TestRefusalsCounted(t *testing.T) {
 	if http1.Reasons() > refusedRoom || ReasonAnswerOther.String() != "answer-other" || refused(http1.ReasonBareLF).String() != "refused-bare-lf" {
 		t.Error("names and reasons do not fit together")
 	}
+	names := map[string]bool{}
+	for _, r := range Refusals() {
+		if names[r.String()] || r.String() == "unknown" {
+			t.Errorf("reason %d: the name %q is not its own", r, r)
+		}
+		names[r.String()] = true
+	}
 	for _, c := range []struct {
 		request string
 		why     http1.Reason

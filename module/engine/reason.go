@@ -133,6 +133,22 @@ func init() {
 	}
 }
 
+// Refusals are the reasons that say what the engine refused, answered or ended
+// by itself, and why: what an operator wants to hear of.
+func Refusals() []Reason {
+	out := []Reason{
+		ReasonRouteUnsafe, ReasonForwardedFields, ReasonBodyRefused, ReasonSlowBody, ReasonHeadTimeout,
+		ReasonUnaskedSwitch, ReasonFramingKept, ReasonStuckInDoubt,
+	}
+	for r := ReasonAnswer400; r < reasonRefused; r++ {
+		out = append(out, r)
+	}
+	for i := 1; i < http1.Reasons(); i++ {
+		out = append(out, refused(http1.Reason(i)))
+	}
+	return out
+}
+
 // answered is the counter of own answers with that status.
 func answered(status int) Reason {
 	switch status {

@@ -543,7 +543,28 @@ func (e *Engine) toPool(s splice.Ref, v *splice.Server) {
 		sv.Live.Idle.Add(1)
 	}
 	e.touchServer(s, v)
+	if e.yields(v) {
+		e.closeServer(s, v, ReasonMaxIdle)
+		return
+	}
 	e.wake(v.Farm)
+}
+
+// yields says whether a connection that has just become idle is given back
+// for another shard that found max_connections reached. A shard with a line of
+// its own gives one in sixteen, so that neither starves.
+func (e *Engine) yields(v *splice.Server) bool {
+	if e.opt.Shards < 2 {
+		return false
+	}
+	sv := e.db.Server(v.ID)
+	if sv == nil || !sv.Stats.Wanted.Load() {
+		return false
+	}
+	if l := e.waits[v.Farm]; l != nil && l.n > 0 && e.random()>>60 != 0 {
+		return false
+	}
+	return sv.Stats.Wanted.CompareAndSwap(true, false)
 }
 
 // leavePool takes a connection out of the idle list if it is in it.

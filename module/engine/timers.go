@@ -146,6 +146,8 @@ func (e *Engine) advance() {
 		switch {
 		case id == e.preopenTimer():
 			e.preopen()
+		case id == e.lineTimer():
+			e.retryLines()
 		case id == e.policyTimer():
 			e.retryPolicies()
 		case id == e.sweepTimer():

@@ -120,6 +120,10 @@ type Farm struct {
 	Stats *FarmStats // shared by all generations
 }
 
+// StatsOf returns the counters of a policy by its name, nil if the farm has none
+// of that name.
+func (f *Farm) StatsOf(policy string) *PolicyStats { return f.policyStats(policy) }
+
 // CountLate counts a request to which a policy's plugin gave no answer.
 func (f *Farm) CountLate(policy string) {
 	if st := f.policyStats(policy); st != nil {

@@ -251,3 +251,21 @@ func TestMonitoringControl(t *testing.T) {
 		t.Errorf("a good query is accused: %q", got)
 	}
 }
+
+// TestDocumentedMetrics: the operator's guide names metrics that exist.
+func TestDocumentedMetrics(t *testing.T) {
+	all := everything(t)
+	b, err := os.ReadFile("../../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := regexp.MustCompile(`\bweir_[a-z0-9_]+`).FindAllString(string(b), -1)
+	for _, name := range names {
+		if exists(all, name) == nil && name != "weir_" {
+			t.Errorf("docs/operations.md names %s, which no scrape has", name)
+		}
+	}
+	if len(names) < 10 {
+		t.Errorf("only %d metrics are named", len(names))
+	}
+}

@@ -23,6 +23,9 @@ func AddrFrom(a netip.Addr) Addr {
 	return Addr(a.As16())
 }
 
+// IsLoopback reports whether the address is in 127.0.0.0/8 or ::1.
+func (a Addr) IsLoopback() bool { return a.Is4() && a[12] == 127 || a == Addr{15: 1} }
+
 // Netip returns the address as a netip.Addr, IPv4 unmapped. The zero Addr is
 // the IPv6 address ::.
 func (a Addr) Netip() netip.Addr { return netip.AddrFrom16(a).Unmap() }

@@ -511,6 +511,8 @@ type About struct {
 	Routes bool
 	// Ask is what it wants to know of requests; nil: it is not asked.
 	Ask *policies.AskKey
+	// Sends is what its snapshots may hold. It must not be changed.
+	Sends []policies.Kind
 }
 
 // About returns what is known about a plugin.
@@ -524,7 +526,8 @@ func (h *Host) About(plugin string) About {
 	if s.described == nil {
 		return About{Routes: true}
 	}
-	return About{Known: true, Routes: slices.Contains(s.described.GetKinds(), policies.SendsRoutes), Ask: s.askKey}
+	kinds := s.described.GetKinds()
+	return About{Known: true, Routes: slices.Contains(kinds, policies.SendsRoutes), Ask: s.askKey, Sends: kinds}
 }
 
 // State is what a plugin's process does.

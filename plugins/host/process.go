@@ -19,6 +19,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/go-plugin"
@@ -371,8 +373,17 @@ func (c *child) Start(context.Context) error {
 func firstLine(w *io.PipeWriter, r *os.File) {
 	defer r.Close()
 	line, err := bufio.NewReaderSize(io.LimitReader(r, 8192), 8192).ReadSlice('\n')
-	if len(line) > 0 && err != nil {
-		line = append(bytes.ToValidUTF8(line[:min(len(line), 200)], []byte("?")), '\n')
+	if i := bytes.IndexFunc(line, func(c rune) bool { return c == utf8.RuneError || c < ' ' && c != '\n' || c == 0x7f }); i >= 0 || err != nil {
+		// No word of a plugin: it becomes part of an error, which people read.
+		line = bytes.Map(func(c rune) rune {
+			if c == utf8.RuneError || !unicode.IsPrint(c) {
+				return '?'
+			}
+			return c
+		}, line[:min(len(line), 60)])
+		if len(line) > 0 {
+			line = append(line, '\n')
+		}
 	}
 	_, _ = w.Write(line)
 	_, _ = io.Copy(io.Discard, r)

@@ -34,7 +34,7 @@ type agentConfig struct {
 
 // read reads the configuration strictly. Every error is reported.
 func read(raw []byte) (*config, error) {
-	c := &config{HalfLife: 5 * time.Second, Peak: 0.1, Tolerance: 0.4, Floor: time.Millisecond, Min: 0.1, Max: 4, SlowStart: 10 * time.Second}
+	c := &config{HalfLife: 5 * time.Second, Tolerance: 0.4, Floor: time.Millisecond, Min: 0.1, Max: 4, SlowStart: 10 * time.Second}
 	if err := policies.Decode(raw, c); err != nil {
 		return nil, err
 	}

@@ -33,6 +33,7 @@ type load struct {
 type server struct {
 	address string
 	mean    float64   // of the time to the first byte, seconds; 0: unknown
+	middle  float64   // the same, of what is usual: few outliers do not count
 	peak    float64   // decaying maximum, seconds
 	fresh   time.Time // the last time there was something to measure
 	before  *policies.ServerTelemetry
@@ -103,23 +104,30 @@ func (l *load) Tick(_ policies.Farm, t *policies.Telemetry) (*policies.Snapshot,
 		l.started = true
 	}
 	c := l.config
-	costs := map[string]float64{}
+	means, middles := map[string]float64{}, map[string]float64{}
 	for _, f := range l.farm.Servers {
 		sv := l.servers[f.Name]
 		st := policies.TelemetryOf(t, f.Name)
 		sv.measure(c, st, now)
 		if sv.mean > 0 {
-			costs[f.Name] = sv.cost(c, st)
+			means[f.Name], middles[f.Name] = sv.cost(c, sv.mean, st), sv.cost(c, sv.middle, st)
 		}
 	}
-	typical := median(costs)
+	mean, middle := median(means), median(middles)
 	snap := &policies.Snapshot{Scores: &policies.Scores{}, Eligibility: &policies.Eligibility{}}
 	for _, f := range l.farm.Servers {
 		sv := l.servers[f.Name]
 		score := 1.0
-		if cost := costs[f.Name]; cost > 0 && typical > 0 && len(costs) > 1 {
+		if len(means) > 1 && means[f.Name] > 0 {
+			// A mean is moved by a few requests that took long for reasons of
+			// their own, the middle by the histogram's steps. Only what both
+			// say is the server.
 			floor := c.Floor.Seconds()
-			score = relative(c, (typical+floor)/(cost+floor))
+			a, b := (mean+floor)/(means[f.Name]+floor), (middle+floor)/(middles[f.Name]+floor)
+			if math.Abs(math.Log(b)) < math.Abs(math.Log(a)) {
+				a = b
+			}
+			score = relative(c, a)
 		}
 		if !sv.back.IsZero() && c.SlowStart > 0 {
 			if done := float64(now.Sub(sv.back)) / float64(c.SlowStart); done < 1 {
@@ -159,17 +167,19 @@ func (sv *server) measure(c *config, st *policies.ServerTelemetry, now time.Time
 		// Nobody can say how a server is that gets nothing: after a while it is
 		// taken for one like the others, which gives it requests again.
 		if !sv.fresh.IsZero() && now.Sub(sv.fresh) > 10*c.HalfLife {
-			sv.mean, sv.peak = 0, 0
+			sv.mean, sv.middle, sv.peak = 0, 0, 0
 		}
 		return
 	}
-	x := max(mean.Seconds(), 1e-9)
+	x, y := max(mean.Seconds(), 1e-9), policies.Middle(st.GetFirstByte(), before.GetFirstByte()).Seconds()
 	if sv.mean == 0 {
-		sv.mean = x
+		sv.mean, sv.middle = x, y
 	} else {
 		a := 1 - math.Exp2(-float64(now.Sub(sv.fresh))/float64(c.HalfLife))
-		sv.mean += min(max(a, 0), 1) * (x - sv.mean)
-		sv.peak *= 1 - min(max(a, 0), 1)
+		a = min(max(a, 0), 1)
+		sv.mean += a * (x - sv.mean)
+		sv.middle += a * (y - sv.middle)
+		sv.peak *= 1 - a
 	}
 	sv.peak = max(sv.peak, policies.Peak(st.GetFirstByte(), before.GetFirstByte()).Seconds()/2)
 	sv.fresh = now
@@ -179,8 +189,8 @@ func (sv *server) measure(c *config, st *policies.ServerTelemetry, now time.Time
 // the mean, a part of the peak, and more where requests queue. How many are
 // active does not enter: Weir's choice looks at that itself, at the moment of
 // the choice.
-func (sv *server) cost(c *config, st *policies.ServerTelemetry) float64 {
-	cost := sv.mean + c.Peak*max(sv.peak-sv.mean, 0)
+func (sv *server) cost(c *config, usual float64, st *policies.ServerTelemetry) float64 {
+	cost := usual + c.Peak*max(sv.peak-usual, 0)
 	return cost * (1 + float64(st.GetWaiting())/float64(st.GetActive()+1))
 }
 

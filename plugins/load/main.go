@@ -6,7 +6,7 @@
 // agent on them tells. Its configuration, with the defaults:
 //
 //	half_life: 5s        # of the running mean of the time to the first byte
-//	peak: 0.1            # how much the worst of late counts beside the mean, 0 to 1
+//	peak: 0              # how much the worst of late counts beside that, 0 to 1
 //	tolerance: 0.4       # a server that is worse by less than this share is like the others
 //	floor: 1ms           # added to all times: below it, differences are noise
 //	min: 0.1             # bounds of the score

@@ -40,15 +40,14 @@ func (q *events) Pop() any {
 
 // pair is two hosts and a wire that loses, repeats and reorders.
 type pair struct {
-	t      *testing.T
-	rnd    *rand.Rand
-	now    int64
-	q      events
-	n      int
-	hosts  map[packet.Addr]*Host
-	loss   float64
-	sent   int
-	record func(b []byte)
+	t     *testing.T
+	rnd   *rand.Rand
+	now   int64
+	q     events
+	n     int
+	hosts map[packet.Addr]*Host
+	loss  float64
+	other func(b []byte) // takes what is for no host of these
 }
 
 func (w *pair) after(d int64, do func()) {
@@ -65,31 +64,34 @@ func (w *pair) host(a netip.AddrPort) *Host {
 	env := &Env{
 		Now: func() int64 { return w.now },
 		Emit: func(b []byte, mss int) {
-			w.sent++
-			if w.record != nil {
-				w.record(b)
-			}
-			for range 1 + btoi(w.rnd.Float64() < w.loss/2) {
-				if w.rnd.Float64() < w.loss {
-					continue
-				}
-				d := millisecond
-				if w.rnd.Float64() < w.loss {
-					d += w.rnd.Int64N(5 * millisecond)
-				}
-				w.after(d, func() {
-					p, _ := packet.ParseTCP(b)
-					if h := w.hosts[p.Dst().Addr]; h != nil {
-						h.Packet(b)
-					}
-				})
-			}
+			w.carry(b)
 		},
 		Arm: func(c *Conn, at int64) { w.after(at-w.now, c.Timer) },
 	}
 	h := NewHost(env)
 	w.hosts[packet.AddrFrom(a.Addr())] = h
 	return h
+}
+
+// carry puts a packet onto the wire.
+func (w *pair) carry(b []byte) {
+	for range 1 + btoi(w.rnd.Float64() < w.loss/2) {
+		if w.rnd.Float64() < w.loss {
+			continue
+		}
+		d := millisecond
+		if w.rnd.Float64() < w.loss {
+			d += w.rnd.Int64N(5 * millisecond)
+		}
+		w.after(d, func() {
+			p, _ := packet.ParseTCP(b)
+			if h := w.hosts[p.Dst().Addr]; h != nil {
+				h.Packet(b)
+			} else if w.other != nil {
+				w.other(b)
+			}
+		})
+	}
 }
 
 func btoi(b bool) int {

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command oddplugin is a policy plugin for tests: it misbehaves as its first
+// argument says, or answers questions as its configuration says.
+package main
+
+import (
+	"crypto/rand"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/weirgate/weir/policies"
+)
+
+type odd struct {
+	Delay time.Duration `json:"delay"` // of Decide; below 0: for ever
+	Score float64       `json:"score"`
+	mode  string
+	began time.Time
+}
+
+func (o *odd) Configure(_ policies.Farm, config []byte) error {
+	return policies.Decode(config, o)
+}
+
+func (o *odd) Tick(farm policies.Farm, _ *policies.Telemetry) (*policies.Snapshot, error) {
+	switch {
+	case o.mode == "late" && !o.began.IsZero():
+		time.Sleep(10 * time.Second)
+	case o.mode == "crash" && !o.began.IsZero():
+		os.Exit(3)
+	}
+	o.began = time.Now()
+	return &policies.Snapshot{Scores: &policies.Scores{Servers: []policies.Score{{Server: farm.Servers[0].Name, Score: max(o.Score, 0.5)}}}}, nil
+}
+
+func (o *odd) Decide(farm policies.Farm, q *policies.Question) (*policies.Answer, error) {
+	if o.Delay < 0 {
+		select {}
+	}
+	time.Sleep(o.Delay)
+	if strings.HasPrefix(q.Path, "/forbidden") {
+		return &policies.Answer{Reject: 403}, nil
+	}
+	return &policies.Answer{Servers: []string{farm.Servers[len(farm.Servers)-1].Name}}, nil
+}
+
+func main() {
+	mode := ""
+	if len(os.Args) > 1 {
+		mode = os.Args[1]
+	}
+	p := policies.Plugin{Name: "odd", Version: "1", New: func() policies.Policy { return &odd{mode: mode} }}
+	switch mode {
+	case "ask":
+		p.Ask = &policies.AskKey{Path: true, Client: true}
+	case "garbage":
+		b := make([]byte, 100_000)
+		_, _ = rand.Read(b)
+		_, _ = os.Stdout.Write(b)
+		time.Sleep(time.Minute)
+	case "version":
+		fmt.Println("1|9|unix|/proc/self/fd/3/x|grpc|")
+		time.Sleep(time.Minute)
+	case "exit":
+		os.Exit(7)
+	default:
+		p.Sends = []policies.Kind{policies.SendsScores}
+	}
+	policies.Serve(p)
+}
