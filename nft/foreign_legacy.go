@@ -121,7 +121,6 @@ func (t *theirTables) parseLegacy(f *legacyFamily, table string, block []byte, v
 		rule *legacyRule
 		name string // of a chain that begins behind this entry
 		jump int    // offset of the chain jumped to, -1 for none
-		last bool
 	}
 	var all []placed
 	ne := binary.NativeEndian

@@ -59,12 +59,6 @@ type attached struct {
 	filter *netlink.BpfFilter
 }
 
-type guardPort struct {
-	Addr [16]byte
-	Port [2]byte
-	_    [2]byte
-}
-
 // mostGuarded bounds the addresses that the guard knows.
 const mostGuarded = 4096
 

@@ -153,6 +153,13 @@ func (r *rig) serve(addrs func(i int) []netip.AddrPort) {
 func handler(name string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
 		var n int
+		if q.Method == http.MethodPost {
+			b, err := io.ReadAll(q.Body)
+			if err == nil && bytes.Equal(b, pattern(len(b))) {
+				fmt.Fprintf(w, "took %d right bytes", len(b))
+			}
+			return
+		}
 		if _, err := fmt.Sscanf(q.URL.Path, "/bytes/%d", &n); err == nil {
 			w.Header().Set("Content-Length", fmt.Sprint(n))
 			_, _ = w.Write(pattern(n))

@@ -3,6 +3,7 @@
 package citizen
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"net"
@@ -182,6 +183,9 @@ func TestServersOnRouter(t *testing.T) {
 			}
 			w := r.startWith(r.custom([]string{vip.String()}, c.servers, "source: {addresses: ["+c.source+"]}\n"))
 			r.mustLoad(500, vip)
+			if err := post(r.Clients[0], vip, 5_000_000); err != nil {
+				t.Errorf("upload: %v", err)
+			}
 			for i, err := range load(r.Router, 500, vip) {
 				if i < 5 {
 					t.Errorf("from the router itself: %v", err)
@@ -190,6 +194,24 @@ func TestServersOnRouter(t *testing.T) {
 			r.stop(w)
 		})
 	}
+}
+
+// post uploads n bytes, which the server counts.
+func post(h *lab.Host, addr netip.AddrPort, n int) error {
+	c := h.HTTPClient(lab.HTTPClientOptions{Close: true, Timeout: 20 * time.Second})
+	resp, err := c.Post("http://"+addr.String()+"/upload", "application/octet-stream", bytes.NewReader(pattern(n)))
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return err
+	}
+	if want := fmt.Sprintf("took %d right bytes", n); string(b) != want {
+		return fmt.Errorf("%s, %q, want %q", resp.Status, b, want)
+	}
+	return nil
 }
 
 // TestLocalClient: a client on the router itself is served by servers

@@ -74,9 +74,10 @@ func (w *wire) judge(s ladder.Segment) {
 		}
 		return
 	}
-	mine, known, other, otherKnown := &c.peer, &c.knowsPeer, c.engine, c.knowsEngine
+	mine, known := &c.peer, &c.knowsPeer
 	if fromEngine {
-		mine, known, other, otherKnown = &c.engine, &c.knowsEngine, c.peer, c.knowsPeer
+		mine, known = &c.engine, &c.knowsEngine
+		other, otherKnown := c.peer, c.knowsPeer
 		switch {
 		case *known && far(s.Seq, *mine):
 			w.say(s, fmt.Sprintf("has a sequence number that is not of this connection, which is at %d", *mine))

@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -51,7 +50,6 @@ type farmhands struct {
 	size    int             // bytes of a response's body
 	delay   [8]atomic.Int64 // by server, ns
 	got     [8]atomic.Int64 // requests by server
-	last    [8]atomic.Pointer[time.Time]
 }
 
 func (r *rig) farmhands(size int) *farmhands {
@@ -313,22 +311,32 @@ func TestPluginFaults(t *testing.T) {
 	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2, NoIPv6: true})
 	r.farmhands(300)
 	odd := oddPlugin(t)
-	plugin := func(mode string) string {
-		return fmt.Sprintf("{name: %s, command: [%q, %s], start_timeout: 2s, restart: {min: 10ms, max: 10ms, limit: 0}}", mode, odd, mode)
+	dir := filepath.Dir(odd)
+	// Each of these is well at first, and misbehaves from the start on that
+	// follows its change.
+	modes := []string{"late", "garbage", "version", "crash", "exit"}
+	var list, names []string
+	turn := func(name, mode string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(mode), 0o644); err != nil {
+			t.Fatal(err)
+		}
 	}
-	modes := []string{"late", "garbage", "version", "exit", "crash"}
-	var list []string
 	for _, m := range modes {
-		list = append(list, plugin(m))
+		pause := "200ms"
+		if m == "exit" {
+			pause = "10ms"
+		}
+		turn("is-"+m, "well")
+		names = append(names, "is-"+m)
+		list = append(list, fmt.Sprintf("{name: is-%s, command: [%q, %q], start_timeout: 5s, restart: {min: %s, max: %s, limit: 0}}", m, odd, filepath.Join(dir, "is-"+m), pause, pause))
 	}
 	w := r.start(lab.ConfigOptions{
-		Policies: `[{use: path, config: {default: [s1, s2]}}, {use: state, config: {probe: {http: /healthz}}}, late, garbage, version, exit, crash, load]`,
+		Policies: `[{use: path, config: {default: [s1, s2]}}, {use: state, config: {probe: {http: /healthz}}}, load, ` + strings.Join(names, ", ") + "]",
 		Plugins:  "[" + strings.Join(list, ", ") + ", {name: path, restart: {min: 10ms, max: 10ms, limit: 0}}, {name: load, restart: {min: 10ms, max: 10ms, limit: 0}}]",
 	})
-	// A plugin that never says a word holds connections back for its start
-	// timeout, and no longer.
-	until(t, 20*time.Second, "the farm to take connections", func() bool { return r.ask1() == nil })
 	tr := r.keepAsking(4, r.VIP().String(), "/")
+	until(t, 20*time.Second, "the first requests", func() bool { return tr.n.Load() > 50 })
 	memory := func() int {
 		t.Helper()
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", w.Proc.Pid()))
@@ -345,56 +353,63 @@ func TestPluginFaults(t *testing.T) {
 		t.Fatal("no VmRSS")
 		return 0
 	}
-	restarts := func(name string) uint64 { return r.pluginsOf(w)[name].Restarts }
-	until(t, 60*time.Second, "50 crashes in a row", func() bool { return restarts("exit") >= 50 })
-	warm := memory()
-	for range 3 {
+	kill := func(sig syscall.Signal, names ...string) map[string]control.PluginDetail {
+		t.Helper()
 		before := r.pluginsOf(w)
-		for _, name := range []string{"path", "load", "state"} {
-			if err := syscall.Kill(before[name].PID, syscall.SIGKILL); err != nil {
+		for _, n := range names {
+			if before[n].PID == 0 {
+				t.Fatalf("plugin %s does not run: %+v", n, before[n])
+			}
+			if err := syscall.Kill(before[n].PID, sig); err != nil {
 				t.Fatal(err)
 			}
 		}
+		return before
+	}
+	for range 3 {
+		before := kill(syscall.SIGKILL, "path", "load")
 		until(t, 20*time.Second, "the restarts after kill -9", func() bool {
 			now := r.pluginsOf(w)
-			return now["path"].Restarts > before["path"].Restarts && now["path"].State == "up" && now["load"].State == "up"
+			return now["path"].Restarts > before["path"].Restarts && now["path"].State == "up" && now["load"].Restarts > before["load"].Restarts && now["load"].State == "up"
 		})
 	}
-	stopped := r.pluginsOf(w)["path"]
-	if err := syscall.Kill(stopped.PID, syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	before := kill(syscall.SIGSTOP, "path")
 	until(t, 20*time.Second, "the end of a plugin that hangs", func() bool {
 		now := r.pluginsOf(w)["path"]
-		return now.Restarts > stopped.Restarts && now.State == "up"
+		return now.Restarts > before["path"].Restarts && now.State == "up"
 	})
-	until(t, 90*time.Second, "200 crashes in a row", func() bool { return restarts("exit") >= 200 })
-	if restarts("late") == 0 || restarts("garbage") == 0 || restarts("version") == 0 || restarts("crash") == 0 {
-		t.Errorf("restarts are not visible: %+v", r.pluginsOf(w))
+	for _, m := range modes {
+		turn("is-"+m, m)
 	}
-	if now := memory(); now > warm+32<<10 {
-		t.Errorf("%d KiB of memory after 200 crashes, %d after 50", now, warm)
+	kill(syscall.SIGKILL, names...)
+	restarts := func(name string) uint64 { return r.pluginsOf(w)[name].Restarts }
+	until(t, 60*time.Second, "50 crashes in a row", func() bool { return restarts("is-exit") >= 50 })
+	warm := memory()
+	until(t, 60*time.Second, "200 crashes in a row", func() bool { return restarts("is-exit") >= 200 })
+	after := memory()
+	now := r.pluginsOf(w)
+	for _, n := range names {
+		if now[n].Restarts == 0 {
+			t.Errorf("the restarts of %s are not visible: %+v", n, now[n])
+		}
 	}
-	if tr.n.Load() < 100 {
-		t.Errorf("only %d requests were made meanwhile", tr.n.Load())
+	if after > warm+32<<10 {
+		t.Errorf("%d KiB of memory after 200 crashes, %d after 50", after, warm)
 	}
-	t.Logf("%d requests, memory %d to %d KiB, restarts of a plugin that exits: %d", tr.n.Load(), warm, memory(), restarts("exit"))
+	t.Logf("%d requests; memory %d KiB after 50 crashes, %d after 200", tr.n.Load(), warm, after)
+	for _, m := range modes {
+		turn("is-"+m, "well")
+	}
+	until(t, 30*time.Second, "all plugins to be well again", func() bool {
+		for _, p := range r.pluginsOf(w) {
+			if p.State != "up" {
+				return false
+			}
+		}
+		return true
+	})
 	tr.end(t)
 	r.stop(w)
-}
-
-// ask1 makes one request that need not succeed.
-func (r *rig) ask1() error {
-	client := r.Clients[0].HTTPClient(lab.HTTPClientOptions{Close: true, Timeout: 2 * time.Second})
-	resp, err := client.Get("http://" + r.VIP().String() + "/")
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return errors.New(resp.Status)
-	}
-	return nil
 }
 
 // TestPluginConfigRefused: a configuration that a plugin refuses is refused by

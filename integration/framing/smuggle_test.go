@@ -135,8 +135,7 @@ func smuggleRig(t *testing.T) (*rig, []*backend) {
 	servers := []*backend{r.nginx(8001), r.apache(8002), r.lighttpd(8003), r.haproxy(8004), r.golang(8005), r.careless(8006)}
 	var farms []farmText
 	for _, s := range servers {
-		farms = append(farms, farmText{name: s.name, port: s.port, servers: []string{r.at(0, s.port)},
-			extra: "    timeouts: {head: 3s, idle: 3s, response: 5s}\n"})
+		farms = append(farms, farmText{name: s.name, port: s.port, servers: []string{r.at(0, s.port)}})
 	}
 	r.start(farms...)
 	return r, servers

@@ -3,6 +3,7 @@
 package engine
 
 import (
+	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
 	"strings"
@@ -244,6 +245,45 @@ func TestFramingBytesStay(t *testing.T) {
 	k.want("the control", string(v.got[len(head):]), "5\r\njello\r\n")
 	if k.count(ReasonFramingKept) != 1 {
 		t.Error("not counted")
+	}
+}
+
+// TestChunkedUploadAllocatesNothing: keeping the framing bytes of a running
+// chunked upload costs no allocation once it runs.
+func TestChunkedUploadAllocatesNothing(t *testing.T) {
+	g := newRig(t, oneServer, keepIdle)
+	k := newChat(g, c1, 100)
+	k.send(http("POST / HTTP/1.1\nHost: a\nTransfer-Encoding: chunked\n\n"))
+	v := k.server(0)
+	part := fmt.Sprintf("%x\r\n%s\r\n", 990, strings.Repeat("x", 990))
+	up := g.raw(c1, vip, seg{fl: ack, seq: k.seq, ack: k.ack, data: part})
+	down := g.raw(s1, ep2(v.port), seg{fl: ack, seq: v.seq, ack: v.ack, win: 60000})
+	buf := make([]byte, 2048)
+	var out Output
+	var ev Event
+	step := func(b []byte, seq, a packet.Seq) {
+		out.Reset()
+		b = buf[:copy(buf, b)]
+		binary.BigEndian.PutUint32(b[24:], uint32(seq))
+		binary.BigEndian.PutUint32(b[28:], uint32(a))
+		ev = Event{Kind: Packet, Checksum: packet.ChecksumVerified, Data: b}
+		g.e.Step(g.now, &ev, &out)
+		if ev.Verdict != Rewrite {
+			t.Fatal("not translated")
+		}
+	}
+	n := testing.AllocsPerRun(2000, func() {
+		for range 3 {
+			step(up, k.seq, k.ack)
+			k.seq, v.ack = k.seq.Add(packet.Size(len(part))), v.ack.Add(packet.Size(len(part)))
+		}
+		step(down, v.seq, v.ack)
+	})
+	if n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+	if u := g.e.Usage(); u.Held != 0 {
+		t.Errorf("%d sides are held of what the server has", u.Held)
 	}
 }
 

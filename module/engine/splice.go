@@ -364,6 +364,12 @@ func (e *Engine) forwardToServer(r splice.Ref, c *splice.Client, s splice.Ref, v
 		Seq: c.Epoch.SeqToServer(seq), Ack: e.ackForServer(c, v),
 		Window: e.windowForServer(c, v), Flags: p.Flags() &^ absorbed(v), ClearUrgent: true,
 	}
+	if p.PayloadLen() == 0 && v.SndNxt.Less(w.Seq) {
+		// Behind bytes that the server was not sent (a body that its response
+		// overtook, or that was lost before us) an acknowledgment may lie beyond
+		// its window, and it would discard it.
+		w.Seq = v.SndNxt
+	}
 	if off, n := p.SACK(); n > 0 {
 		if v.Flags&splice.ServerSACK == 0 {
 			p.StripSACK(ev.Checksum)

@@ -148,10 +148,14 @@ func (c *Conn) timeout() {
 	c.first(c.mss)
 }
 
-// first sends the first unacknowledged segment, of size bytes at most,
-// whatever the window says.
+// first sends the first unacknowledged segment, of size bytes at most: what of
+// it lies inside the window, all of it if nothing does (Linux:
+// tcp_retransmit_skb).
 func (c *Conn) first(size int) {
 	pos := c.una
+	if c.wnd > 0 && c.wnd < uint64(size) {
+		size = int(c.wnd)
+	}
 	n := min(uint64(size), c.sacked.Next(pos)-pos)
 	if pos < c.end {
 		n = min(n, c.end-pos)

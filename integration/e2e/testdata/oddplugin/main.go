@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command oddplugin is a policy plugin for tests: it misbehaves as its first
-// argument says, or answers questions as its configuration says.
+// Command oddplugin is a policy plugin for tests: it misbehaves as the file says
+// that its first argument names, or, without a file, as that argument says; or
+// it answers questions as its configuration says.
 package main
 
 import (
@@ -51,6 +52,9 @@ func main() {
 	mode := ""
 	if len(os.Args) > 1 {
 		mode = os.Args[1]
+		if b, err := os.ReadFile(mode); err == nil {
+			mode = string(b)
+		}
 	}
 	p := policies.Plugin{Name: "odd", Version: "1", New: func() policies.Policy { return &odd{mode: mode} }}
 	switch mode {
