@@ -408,12 +408,19 @@ func (f *Firewall) restore() (bool, error) {
 	if f.gone {
 		return false, nil
 	}
-	now, err := fingerprint(f.r)
+	// The most frequent case is the one that hurts: do not look further.
+	there, err := tableExists(f.r.Table)
 	if err != nil {
 		return false, err
 	}
-	if now == f.seen {
-		return false, nil
+	if there {
+		now, err := fingerprint(f.r)
+		if err != nil {
+			return false, err
+		}
+		if now == f.seen {
+			return false, nil
+		}
 	}
 	if err := f.install(); err != nil {
 		return false, err
@@ -425,6 +432,19 @@ func (f *Firewall) restore() (bool, error) {
 // Restored is how often the table was put back after somebody removed or
 // changed it.
 func (f *Firewall) Restored() uint64 { return f.restored.Load() }
+
+func tableExists(table string) (bool, error) {
+	c, err := dialReader()
+	if err != nil {
+		return false, err
+	}
+	defer c.close()
+	_, err = c.ask(unix.NFT_MSG_GETTABLE, unix.NFPROTO_INET, []netlink.Attribute{{Type: unix.NFTA_TABLE_NAME, Data: []byte(table + "\x00")}}, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return false, nil
+	}
+	return err == nil, err
+}
 
 // fingerprint is what stands in the kernel under our table's name, in a form
 // that does not depend on counters and handles; empty when it is not there.

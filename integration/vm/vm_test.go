@@ -94,7 +94,7 @@ func TestStockKernel(t *testing.T) {
 	case verdict == nil:
 		t.Fatalf("the guest did not end: %v (%v)\n%s", err, ctx.Err(), tail(text))
 	case verdict[1] != "0":
-		t.Errorf("the guest's tests ended with exit code %s\n%s", verdict[1], text)
+		t.Errorf("the guest's tests ended with exit code %s\n%s", verdict[1], tail(text))
 	case strings.Count(text, "--- PASS: ") < 4 || strings.Contains(text, "--- SKIP: "):
 		t.Errorf("the guest has not run all tests\n%s", text)
 	default:
@@ -103,7 +103,7 @@ func TestStockKernel(t *testing.T) {
 }
 
 func tail(s string) string {
-	const most = 8000
+	const most = 20000
 	if len(s) > most {
 		return fmt.Sprintf("… %s", s[len(s)-most:])
 	}

@@ -404,7 +404,7 @@ func TestOvertakenButComplete(t *testing.T) {
 			k.reply(v, answer)
 		}
 		k.want("the client", string(k.got), answer)
-		if k.fin || k.rst || (k.pooled() == 0) != late {
+		if k.fin || k.rst || (k.pooled() == 0) != late || v.rst != late {
 			t.Errorf("late %v: client closed %v, pooled %d", late, k.fin, k.pooled())
 		}
 		k.send(http("GET /next HTTP/1.1\nHost: a\n\n"))

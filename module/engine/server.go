@@ -528,6 +528,12 @@ func (e *Engine) settle(s splice.Ref, v *splice.Server) {
 		e.toPool(s, v)
 		return
 	}
+	if why == ReasonEarlyResponse && v.Flags&splice.ServerFINSeen == 0 {
+		// It answered before it had the request, and may take the rest of the
+		// body for another one: it is not given the time.
+		e.killServer(s, v, why)
+		return
+	}
 	e.closeServer(s, v, why)
 }
 

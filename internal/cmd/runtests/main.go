@@ -131,7 +131,7 @@ func runAll(ctx context.Context, o *options, out io.Writer) (bool, error) {
 			continue
 		}
 		plain = append(plain, j)
-		if race {
+		if race && !sequential(p.ImportPath) {
 			plain = append(plain, &job{pkg: p, race: true, bin: base + ".race.test"})
 		}
 	}
@@ -245,13 +245,19 @@ func compile(ctx context.Context, o *options, j *job) bool {
 	return true
 }
 
+// sequential names the packages whose tests run one goroutine for a long time:
+// the race detector would only make them slow.
+func sequential(path string) bool {
+	return strings.HasSuffix(path, "/integration/model") || strings.Contains(path, "/integration/sim")
+}
+
 func execute(ctx context.Context, o *options, j *job, privileged bool) {
 	args := []string{"-test.v=test2json", "-test.paniconexit0", "-test.timeout=" + o.timeout.String()}
 	if o.run != "" {
 		args = append(args, "-test.run="+o.run)
 	}
 	if j.race {
-		args = append(args, "-test.skip=Alloc")
+		args = append(args, "-test.skip=Alloc", "-test.short")
 	}
 	// The test binary ends itself with the stacks of all goroutines; a minute
 	// later nobody waits for it any more.

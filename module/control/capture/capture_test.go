@@ -200,6 +200,7 @@ func TestSteps(t *testing.T) {
 		{get, [][]byte{on}, []string{"GET:1,2(18) -> GET:500,600(18)"}},
 		{get, [][]byte{ack, on}, []string{"GET:1,2(18) -> GET:500,600(18)", "ACK:2,19(0) <-"}},
 		{get, nil, []string{"GET:1,2(18) ->"}},
+		{get, [][]byte{segment(snip, server, 7, 0, packet.SYN, "")}, []string{"GET:1,2(18) ->", "-> SYN:7(0)"}},
 		{nil, [][]byte{ack}, []string{"ACK:2,19(0) <-"}},
 		{segment(server, snip, 600, 518, packet.ACK, "HTTP/1.1 200 OK"), [][]byte{segment(vip, client, 2, 19, packet.ACK, "HTTP/1.1 200 OK")}, []string{"RESP:2,19(15) <- RESP:600,518(15)"}},
 		{segment(server, snip, 600, 518, packet.ACK, ""), nil, []string{"<- ACK:600,518(0)"}},

@@ -29,6 +29,13 @@ func Segment(b []byte) string {
 	return s + fmt.Sprintf("(%d)", p.PayloadLen())
 }
 
+// kindOf is the type of a segment, without what the interface unit may add or
+// take away.
+func kindOf(b []byte) string {
+	kind, _, _ := strings.Cut(Segment(b), ":")
+	return strings.TrimSuffix(kind, " FIN")
+}
+
 // whole gives a packet that was cut off in a capture its length back, with
 // zeros, so that its headers can be read.
 func whole(b []byte) []byte {
@@ -130,9 +137,10 @@ func (s *Sides) Steps(in []byte, out [][]byte) []Step {
 		fromServer := s.ServerLeg(in, false)
 		st.ToServer = !fromServer
 		s.put(&st, in, fromServer, false)
-		// The first packet that goes on in the same direction is its translation.
+		// The first packet of the same kind that goes on in the same direction is
+		// its translation.
 		for i, o := range out {
-			if s.ServerLeg(o, true) != fromServer {
+			if s.ServerLeg(o, true) != fromServer && kindOf(o) == kindOf(in) {
 				s.put(&st, o, !fromServer, true)
 				rest = append(slices.Clone(out[:i]), out[i+1:]...)
 				break
