@@ -473,6 +473,7 @@ func (e *Engine) resend(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.
 		if end := seq.Add(packet.Size(n)); v.SndEdge.Less(end) {
 			if v.SndEdge.LessEq(seq) {
 				e.Count.add(ReasonBeyondWindow)
+				e.probeWindow(c, s, v, from)
 				break
 			}
 			n = int(seq.To(v.SndEdge))

@@ -177,6 +177,7 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 	default:
 		if out := c.Epoch.SeqToServer(limit); v.SndEdge.Less(out) && size > 1 {
 			e.Count.add(ReasonBeyondWindow)
+			e.probeWindow(c, s, v, c.Epoch.SeqToServer(seq))
 			return
 		}
 		if !whole || n > int(v.MSS) && (!ev.GSO || e.narrowServer(v)) {
@@ -235,6 +236,16 @@ func again(c *splice.Client, v *splice.Server, seq packet.Seq) packet.Seq {
 		from = from.Sub(packet.Size(c.Epoch.InsLen))
 	}
 	return packet.MaxSeq(v.SndUna, from)
+}
+
+// probeWindow asks a server for its window when a client repeats what lies
+// beyond it: the update that opened it may be lost, and what we hold back
+// cannot be the probe (RFC 9293 section 3.8.6.1). An old number is answered
+// with the present window, as a keep-alive is.
+func (e *Engine) probeWindow(c *splice.Client, s splice.Ref, v *splice.Server, from packet.Seq) {
+	if v.SndEdge.LessEq(from) {
+		e.sendServer(s, v, packet.ACK, v.SndUna.Sub(1), nil, c)
+	}
 }
 
 // sideHolds says whether a segment that begins at seq repeats bytes of which

@@ -9,38 +9,47 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/weirgate/weir/internal/require"
 	"github.com/weirgate/weir/policies/policytest"
 )
 
-// built holds the plugins, built once.
-var built string
-
-func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		if os.Getenv("WEIR_KIT_INNER") == "" {
-			dir, err := os.MkdirTemp("", "weir-kit-plugins-")
-			if err != nil {
-				fmt.Fprintln(os.Stderr, err)
-				return 1
-			}
-			defer os.RemoveAll(dir)
-			built = dir
-		}
-		return m.Run()
-	}())
+// built holds the plugins, built once and together.
+var built struct {
+	once sync.Once
+	dir  string
+	err  error
 }
 
-// build builds a plugin and returns its path.
-func build(t *testing.T, pkg string) string {
-	t.Helper()
-	path := filepath.Join(built, strings.ReplaceAll(pkg, "/", "-"))
-	if out, err := exec.Command(require.Tool(t, "go"), "build", "-o", path, "github.com/weirgate/weir/"+pkg).CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if built.dir != "" {
+		_ = os.RemoveAll(built.dir)
 	}
-	return path
+	os.Exit(code)
+}
+
+// build builds the plugins and returns the path of one.
+func build(t *testing.T, name string) string {
+	t.Helper()
+	gotool := require.Tool(t, "go")
+	built.once.Do(func() {
+		if built.dir, built.err = os.MkdirTemp("", "weir-kit-plugins-"); built.err != nil {
+			return
+		}
+		const ours = "github.com/weirgate/weir/"
+		out, err := exec.Command(gotool, "build", "-o", built.dir+"/", ours+"plugins/path", ours+"plugins/state", ours+"plugins/load", ours+"plugins/bandwidth",
+			ours+"policies/examples/prefer", ours+"policies/examples/tenant", ours+"policies/policytest/testdata/broken").CombinedOutput()
+		if err != nil {
+			built.err = fmt.Errorf("%w\n%s", err, out)
+		}
+	})
+	if built.err != nil {
+		t.Fatal(built.err)
+	}
+	return filepath.Join(built.dir, name)
 }
 
 // TestPlugins: the plugins that come with Weir, and the examples, pass.
@@ -51,18 +60,18 @@ func TestPlugins(t *testing.T) {
 	}
 	defer web.Close()
 	for _, c := range []struct {
-		pkg, config string
-		bad         []string
+		name, config string
+		bad          []string
 	}{
-		{"plugins/path", `{"routes": [{"prefix": "/a/", "headers": {"X-Tenant": "blue"}, "servers": ["s1"]}], "default": ["s2", "s3"], "affinity": {"cookie": "sid"}}`, []string{`{}`, `{"default": ["s9"]}`}},
-		{"plugins/state", `{"probe": {"tcp": true, "interval": "100ms"}}`, []string{`{"probe": {}}`, `{"servers": {"s9": "drain"}}`}},
-		{"plugins/load", `{"agent": {"http": "/load", "interval": "100ms"}}`, []string{`{"min": 2}`}},
-		{"plugins/bandwidth", `{"each": {"rate": "10Mbit"}, "farm": {"rate": "1Gbit"}}`, []string{`{}`, `{"servers": {"s9": {"rate": "1Mbit"}}}`}},
-		{"policies/examples/prefer", `{"server": "s1"}`, []string{`{"server": "s9"}`, `[]`}},
-		{"policies/examples/tenant", `{"tenants": {"a": ["s1"], "c": ["s2", "s3"]}}`, []string{`{"tenants": {"a": ["s9"]}}`, `{"unknown": 200}`, `{"other": 1}`}},
+		{"path", `{"routes": [{"prefix": "/a/", "headers": {"X-Tenant": "blue"}, "servers": ["s1"]}], "default": ["s2", "s3"], "affinity": {"cookie": "sid"}}`, []string{`{}`, `{"default": ["s9"]}`}},
+		{"state", `{"probe": {"tcp": true, "interval": "100ms"}}`, []string{`{"probe": {}}`, `{"servers": {"s9": "drain"}}`}},
+		{"load", `{"agent": {"http": "/load", "interval": "100ms"}}`, []string{`{"min": 2}`}},
+		{"bandwidth", `{"each": {"rate": "10Mbit"}, "farm": {"rate": "1Gbit"}}`, []string{`{}`, `{"servers": {"s9": {"rate": "1Mbit"}}}`}},
+		{"prefer", `{"server": "s1"}`, []string{`{"server": "s9"}`, `[]`}},
+		{"tenant", `{"tenants": {"a": ["s1"], "c": ["s2", "s3"]}}`, []string{`{"tenants": {"a": ["s9"]}}`, `{"unknown": 200}`, `{"other": 1}`}},
 	} {
-		t.Run(filepath.Base(c.pkg), func(t *testing.T) {
-			policytest.Run(t, policytest.Options{Command: []string{build(t, c.pkg)}, Config: c.config, Bad: c.bad})
+		t.Run(c.name, func(t *testing.T) {
+			policytest.Run(t, policytest.Options{Command: []string{build(t, c.name)}, Config: c.config, Bad: c.bad})
 		})
 	}
 }
@@ -95,14 +104,13 @@ func TestKitFinds(t *testing.T) {
 		policytest.Run(t, policytest.Options{Command: []string{os.Getenv("WEIR_KIT_BROKEN"), mode}, Bad: []string{`{"bad": 1}`}, Patience: 1e9})
 		return
 	}
-	broken := build(t, "policies/policytest/testdata/broken")
+	broken := build(t, "broken")
 	for mode, want := range map[string]string{
 		"":           "",
 		"mute":       "no line on standard output",
 		"greets":     `the first line on standard output is "hello"`,
 		"nameless":   "people need both",
 		"lenient":    `{"bad": 1} is accepted`,
-		"forgetful":  "after a refusal it goes on with what it had",
 		"undeclared": "Describe does not say so",
 		"stranger":   "does not fit the farm",
 		"silent":     "no snapshot within",

@@ -42,7 +42,7 @@ type rig struct {
 	weir    *lab.Weir
 }
 
-func newRig(t *testing.T, o lab.FarmOptions, extra string) *rig {
+func newRig(t *testing.T, o lab.FarmOptions, path bool) *rig {
 	t.Helper()
 	inGuest(t)
 	l, err := lab.New("guest")
@@ -76,11 +76,15 @@ func newRig(t *testing.T, o lab.FarmOptions, extra string) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := lab.ConfigOptions{
-		Dir: run, IPv6: true, Extra: extra, Plugins: "[{name: path}]",
-		Policies: "[{use: path, config: {routes: [{prefix: /, servers: [s1, s2]}]}}]",
+	c := lab.ConfigOptions{Dir: run, IPv6: true}
+	if path {
+		c.Plugins = "[{name: path}]"
+		c.Policies = "[{use: path, config: {routes: [{prefix: /, servers: [s1, s2]}]}}]"
 	}
-	r.weir, err = lab.StartWeir(within(t), f.Router, lab.WeirOptions{Binary: os.Getenv("WEIR_BIN") + "/weir", Config: f.Config(c), Dir: dir, Socket: c.Socket()})
+	// Everything takes its time on an emulated processor that others share.
+	config := strings.ReplaceAll(f.Config(c), "    protocol: http\n",
+		"    protocol: http\n    timeouts: {connect: 60s, head: 100s, response: 100s}\n")
+	r.weir, err = lab.StartWeir(within(t), f.Router, lab.WeirOptions{Binary: os.Getenv("WEIR_BIN") + "/weir", Config: config, Dir: dir, Socket: c.Socket()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -214,7 +218,7 @@ func TestKernel(t *testing.T) {
 // TestRequests: requests of both families through the native queue, over far
 // fewer server connections than requests.
 func TestRequests(t *testing.T) {
-	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2}, "")
+	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2}, true)
 	if !strings.Contains(r.weir.Log(), "native_queue=true") {
 		t.Errorf("the native queue is not used:\n%s", r.weir.Log())
 	}
@@ -235,7 +239,7 @@ func TestRequests(t *testing.T) {
 // TestNetem: loss, reordering, duplicates and delay on both sides, made by the
 // kernel's own netem. All bytes arrive, in order, once.
 func TestNetem(t *testing.T) {
-	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2, Link: lab.LinkOptions{NoOffload: true}}, "")
+	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2, Link: lab.LinkOptions{NoOffload: true}}, false)
 	impair := func(h *lab.Host, iface string) {
 		t.Helper()
 		l, err := h.Netlink().LinkByName(iface)
@@ -255,14 +259,14 @@ func TestNetem(t *testing.T) {
 	for _, s := range r.Servers {
 		impair(s, "dmz")
 	}
-	r.load(t, 80)
+	r.load(t, 60)
 	r.stop(t)
 }
 
 // TestFlush: tables cannot be owned here, so that a foreign flush opens a gap,
 // in which a guard of clsact stands. Nothing breaks.
 func TestFlush(t *testing.T) {
-	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2}, "")
+	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2}, false)
 	if !strings.Contains(r.weir.Log(), "owned_table=false") || strings.Contains(r.weir.Log(), "rules-unguarded") {
 		t.Errorf("the table is owned, or there is no guard:\n%s", r.weir.Log())
 	}
@@ -294,7 +298,7 @@ func TestFlush(t *testing.T) {
 			}
 		}
 	}()
-	r.load(t, 120)
+	r.load(t, 80)
 	close(done)
 	n := <-ended
 	t.Logf("%d flushes", n)

@@ -12,20 +12,13 @@ import (
 )
 
 type broken struct {
-	Bad  int `json:"-"`
 	mode string
 	snap *policies.Snapshot
 }
 
 func (b *broken) Configure(farm policies.Farm, config []byte) error {
-	if b.mode == "forgetful" {
-		b.snap = nil
-	}
 	if b.mode != "lenient" {
 		if err := policies.Decode(config, b); err != nil {
-			if b.mode == "forgetful" {
-				os.Exit(1)
-			}
 			return err
 		}
 	}
