@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Init is the first process of the guest, and its modprobe. It mounts what
+// Command init is the first process of the guest, and its modprobe. It mounts what
 // programs expect, runs the tests, says how they ended, and powers off.
 package main
 
