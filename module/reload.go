@@ -76,8 +76,10 @@ func (m *Module) reload(ctx context.Context, cfg *config.Config) (res reloaded, 
 	file := config.WithRestartKeys(m.op.file, cfg)
 	overrides, notes := keptOverrides(m.op.overrides, file)
 	res.notes = notes
-	if err := m.apply(ctx, withOverrides(file, overrides), overrides); err != nil {
-		return res, err
+	if next := withOverrides(file, overrides); len(notes) > 0 || len(config.Compare(m.config(), next)) > 0 {
+		if err := m.apply(ctx, next, overrides); err != nil {
+			return res, err
+		}
 	}
 	m.op.file = file
 	for _, n := range notes {

@@ -12,8 +12,9 @@ import (
 )
 
 type broken struct {
-	mode string
-	snap *policies.Snapshot
+	mode  string
+	snap  *policies.Snapshot
+	ticks int
 }
 
 func (b *broken) Configure(farm policies.Farm, config []byte) error {
@@ -38,7 +39,9 @@ func (b *broken) Tick(_ policies.Farm, t *policies.Telemetry) (*policies.Snapsho
 	case "silent":
 		return nil, nil
 	case "slow":
-		time.Sleep(1100 * time.Millisecond)
+		if b.ticks++; b.ticks <= 2 {
+			time.Sleep(1100 * time.Millisecond)
+		}
 	case "dies":
 		if t.GetRequests() > 1<<60 {
 			panic("out of cheese")
