@@ -88,7 +88,7 @@ func TestBadConfig(t *testing.T) {
 		want       []string
 	}{
 		{"unknown key", replace("max_idle", "max_idel"), 9, []string{"farms[0].pool.max_idel", "expected", "max_idle"}},
-		{"wrong type", replace("64", "many"), 9, []string{"farms[0].pool.max_idle", "expected"}},
+		{"wrong type", replace("max_idle: 64", "max_idle: many"), 9, []string{"farms[0].pool.max_idle", "expected"}},
 		{"address", replace("198.51.100.11:80", "s1.example:80"), 7, []string{"farms[0].servers[0].address", "expected"}},
 		{"same name twice", replace("name: s2", "name: s1"), 8, []string{"farms[0].servers[1].name"}},
 		{"syntax", replace("listen: 203", "listen: [203"), 5, nil},
