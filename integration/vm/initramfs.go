@@ -12,7 +12,6 @@ import (
 	"io/fs"
 	"maps"
 	"os"
-	"os/exec"
 	"path"
 	"path/filepath"
 	"slices"
@@ -56,32 +55,6 @@ func (m *image) add(name string, mode uint32, data []byte) {
 }
 
 func (m *image) link(name, to string) { m.add(name, modeLink, []byte(to)) }
-
-// program adds an executable of the host with the libraries that it loads.
-func (m *image) program(p string) error {
-	b, err := os.ReadFile(p)
-	if err != nil {
-		return err
-	}
-	m.add("bin/"+path.Base(p), modeExec, b)
-	out, err := exec.Command("ldd", p).Output()
-	if err != nil {
-		return nil // it is static
-	}
-	for line := range strings.Lines(string(out)) {
-		for f := range strings.FieldsSeq(line) {
-			if !strings.HasPrefix(f, "/") {
-				continue
-			}
-			lib, err := os.ReadFile(f)
-			if err != nil {
-				return err
-			}
-			m.add(strings.TrimPrefix(f, "/"), modeExec, lib)
-		}
-	}
-	return nil
-}
 
 // A module is a kernel module and what its own description says.
 type module struct {
