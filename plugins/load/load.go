@@ -114,7 +114,10 @@ func (l *load) Tick(_ policies.Farm, t *policies.Telemetry) (*policies.Snapshot,
 		}
 	}
 	mean, middle := median(means), median(middles)
-	snap := &policies.Snapshot{Scores: &policies.Scores{}, Eligibility: &policies.Eligibility{}}
+	snap := &policies.Snapshot{Scores: &policies.Scores{}}
+	if c.Agent != nil {
+		snap.Eligibility = &policies.Eligibility{}
+	}
 	for _, f := range l.farm.Servers {
 		sv := l.servers[f.Name]
 		score := 1.0
@@ -223,7 +226,10 @@ func median(costs map[string]float64) float64 {
 }
 
 func same(a, b *policies.Snapshot) bool {
-	return slices.Equal(a.Scores.Servers, b.Scores.Servers) && slices.Equal(a.Eligibility.Servers, b.Eligibility.Servers)
+	if (a.Eligibility == nil) != (b.Eligibility == nil) || a.Eligibility != nil && !slices.Equal(a.Eligibility.Servers, b.Eligibility.Servers) {
+		return false
+	}
+	return slices.Equal(a.Scores.Servers, b.Scores.Servers)
 }
 
 // startAgents begins to ask. The caller holds the lock.
