@@ -137,7 +137,7 @@ func TestHostFaultyStart(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			h, rec, _ := start(t, nil)
 			spec := as(t, mode)
-			if mode == "exits" || mode == "forks" || mode == "vanishes" {
+			if mode != "silent" && mode != "mute" {
 				spec.StartTimeout = 5 * time.Second
 			}
 			farm := farmSpec("s1", PolicyUse{Plugin: "p"})
