@@ -411,3 +411,54 @@ func TestWords(t *testing.T) {
 		t.Errorf("words %v", seen)
 	}
 }
+
+func TestHistogram(t *testing.T) {
+	var h Histogram
+	for d, bucket := range map[int64]int{-5: 0, 0: 0, 1<<15 - 1: 0, 1 << 15: 1, 1<<16 - 1: 1, 1 << 16: 2, 1 << 62: HistogramBuckets - 1} {
+		before := h.Counts[bucket].Load()
+		h.Add(d)
+		if h.Counts[bucket].Load() != before+1 {
+			t.Errorf("%d ns is not counted in bucket %d", d, bucket)
+		}
+		if b := HistogramBound(bucket); b != 0 && d >= b {
+			t.Errorf("%d ns is in bucket %d, whose bound is %d", d, bucket, b)
+		}
+	}
+	if n := testing.AllocsPerRun(100, func() { h.Add(77) }); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
+// TestPolicyStatsAndFields: counters follow a policy's name over generations,
+// and the wanted fields follow the selector.
+func TestPolicyStatsAndFields(t *testing.T) {
+	s := spec("web@203.0.113.10:80 s1=198.51.100.11:80")
+	s.Farms[0].Policies = []snapshot.Policy{{Name: "a"}, {Name: "b"}}
+	one := build(t, nil, s)
+	f := one.Farms[0]
+	f.PolicyStats[1].Decided.Store(7)
+	if f.Wanted.Load() != nil {
+		t.Error("fields are wanted although no policy looks at any")
+	}
+	sel, err := f.Selector.Load().With([]snapshot.Policy{{Name: "b", Snapshot: &snapshot.Snapshot{Affinity: &snapshot.Affinity{
+		Key: snapshot.AffinityKey{Field: snapshot.Field{Name: "sid", Cookie: true}}, Hash: true,
+	}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.SetSelector(sel); err != nil {
+		t.Fatal(err)
+	}
+	w := f.Wanted.Load()
+	if w == nil || w.Index("cookie") != 0 || w.Index("sid") != -1 {
+		t.Fatalf("%+v", w)
+	}
+	if err := f.SetSelector(sel); err != nil || f.Wanted.Load() != w {
+		t.Error("the same fields make a new set")
+	}
+	s.Farms[0].Policies = []snapshot.Policy{{Name: "b"}, {Name: "c"}}
+	two := build(t, one, s)
+	if g := two.Farms[0]; g.StatsOf("b").Decided.Load() != 7 || g.StatsOf("a") != nil || g.StatsOf("c").Decided.Load() != 0 {
+		t.Error("the counters do not follow the name")
+	}
+}
