@@ -217,34 +217,40 @@ func farmFor(db *farm.DB, name, hostport string) (*farm.Farm, error) {
 
 // Plugins implements control.PolicyProvider.
 func (o operator) Plugins(context.Context) ([]control.PluginDetail, error) {
-	db, cfg := o.db.Load(), o.config()
 	var out []control.PluginDetail
 	for _, p := range o.host.Status() {
 		d := control.PluginDetail{
 			Name: p.Plugin, Version: p.Version, Command: p.Command, State: string(p.State), Since: p.Since, PID: p.PID,
-			Restarts: p.Restarts, Resting: p.Resting, Error: p.LastError, Farms: []control.PluginFarm{},
+			Restarts: p.Restarts, Resting: p.Resting, Error: p.LastError, Farms: o.pluginFarms(&p),
 			Decisions: control.PluginDecisions(p.Decisions),
-		}
-		for _, pf := range p.Farms {
-			x := control.PluginFarm{
-				Farm: pf.Farm, Generation: pf.Generation, Received: pf.Received, LastTick: pf.LastTick, Expires: pf.Expires, Error: pf.LastError,
-			}
-			if f, c := db.FarmByName(pf.Farm), cfg.Farm(pf.Farm); f != nil && c != nil {
-				for i := range c.Policies {
-					if c.Policies[i].Use == p.Plugin {
-						x.Shadow = c.Policies[i].Shadow
-					}
-				}
-				if st := f.StatsOf(p.Plugin); st != nil {
-					x.Decided, x.Emptied, x.Skipped = st.Decided.Load(), st.Emptied.Load(), st.Skipped.Load()
-					x.Asked, x.Cached, x.Late = st.Asked.Load(), st.Cached.Load(), st.Late.Load()
-					x.Compared = st.Compared.Load()
-					x.Agreed = x.Compared - min(st.Disagreed.Load(), x.Compared)
-				}
-			}
-			d.Farms = append(d.Farms, x)
 		}
 		out = append(out, d)
 	}
 	return out, nil
+}
+
+// pluginFarms tells what a plugin said about its farms, and what came of it.
+func (m *Module) pluginFarms(p *host.Status) []control.PluginFarm {
+	db, cfg := m.db.Load(), m.config()
+	out := []control.PluginFarm{}
+	for _, pf := range p.Farms {
+		x := control.PluginFarm{
+			Farm: pf.Farm, Generation: pf.Generation, Received: pf.Received, LastTick: pf.LastTick, Expires: pf.Expires, Error: pf.LastError,
+		}
+		if f, c := db.FarmByName(pf.Farm), cfg.Farm(pf.Farm); f != nil && c != nil {
+			for i := range c.Policies {
+				if c.Policies[i].Use == p.Plugin {
+					x.Shadow = c.Policies[i].Shadow
+				}
+			}
+			if st := f.StatsOf(p.Plugin); st != nil {
+				x.Decided, x.Emptied, x.Skipped = st.Decided.Load(), st.Emptied.Load(), st.Skipped.Load()
+				x.Asked, x.Cached, x.Late = st.Asked.Load(), st.Cached.Load(), st.Late.Load()
+				x.Compared = st.Compared.Load()
+				x.Agreed = x.Compared - min(st.Disagreed.Load(), x.Compared)
+			}
+		}
+		out = append(out, x)
+	}
+	return out
 }

@@ -544,6 +544,7 @@ func (m *Module) Status(context.Context) (*control.Status, error) {
 	for _, p := range m.host.Status() {
 		st.Plugins = append(st.Plugins, control.Plugin{
 			Name: p.Plugin, Version: p.Version, State: string(p.State), PID: p.PID, Restarts: p.Restarts, Error: p.LastError,
+			Farms: m.pluginFarms(&p),
 		})
 		if p.State != host.StateUp && (st.Condition == control.Ready || st.Condition == control.Degraded) {
 			st.Condition = control.Degraded

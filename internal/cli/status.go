@@ -121,7 +121,11 @@ func printStatus(w io.Writer, st *control.Status) error {
 	for i := range st.Farms {
 		for j := range st.Farms[i].Servers {
 			s := &st.Farms[i].Servers[j]
-			row(st.Farms[i].Name, s.Name, s.Address, s.State, s.Idle, s.Active, s.Opened)
+			state := s.State
+			if s.Avoided {
+				state += ", avoided" // weir policy explain says why
+			}
+			row(st.Farms[i].Name, s.Name, s.Address, state, s.Idle, s.Active, s.Opened)
 		}
 	}
 	if len(st.Plugins) > 0 {

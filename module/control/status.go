@@ -62,7 +62,8 @@ type Farm struct {
 type Server struct {
 	Name     string            `json:"name"`
 	Address  string            `json:"address"`
-	State    string            `json:"state"` // ready, drain, maint, down, or removed
+	State    string            `json:"state"`             // ready, drain, maint, down, or removed
+	Avoided  bool              `json:"avoided,omitempty"` // a policy keeps requests away from it
 	Weight   int               `json:"weight"`
 	Backup   bool              `json:"backup"`
 	Idle     int               `json:"idle"`    // connections without a request, now
@@ -86,6 +87,8 @@ type Plugin struct {
 	PID      int    `json:"pid,omitempty"`
 	Restarts uint64 `json:"restarts"`
 	Error    string `json:"error,omitempty"` // why it last ended
+
+	Farms []PluginFarm `json:"farms,omitempty"` // what it said, and what came of it
 }
 
 // Farms reads the counters of a generation. Removed farms and servers whose
@@ -152,6 +155,7 @@ func CountServer(s *farm.Server) Server {
 	if s.Removed() {
 		c.State = "removed"
 	}
+	c.Avoided = s.Live.AvoidUntil.Load() > time.Now().UnixNano()
 	for k := range s.Stats.Closed {
 		if n := s.Stats.Closed[k].Load(); n > 0 {
 			c.Closed[farm.CloseKind(k).String()] = n
