@@ -132,7 +132,9 @@ again:
 		req.Answers = e.answers(d, sel)
 		goto again
 	}
-	noted(f, &choice)
+	if choice.Kind != snapshot.ChoiceWait || c.Flags&splice.ClientWaiting == 0 {
+		noted(f, &choice)
+	}
 	if choice.Ban != 0 {
 		e.out.Bans = append(e.out.Bans, Ban{e.clients.Key(r).Src.Addr, choice.Ban})
 	}
