@@ -62,6 +62,7 @@ var scenes = []scene{
 	{"fig8", "FIG 8 and 9: one client connection, two paths, two servers", 2, 2, distribution},
 	{"http10", "Clients that close after each request, on a server connection that stays", 2, 1, insertion},
 	{"farm", "Two thousand clients with one request each, with and without Weir", 2, 3, offload},
+	{"policies", "A server with a budget, a slow one, and one that dies", 1, 4, policing},
 }
 
 // Scenes returns the names of all scenes with their titles, in order.
