@@ -43,6 +43,11 @@ need ab apache2-utils
 need wrk wrk
 need nft nftables # foreign tables, and what ours looks like from outside
 need sysctl procps
+need tc iproute2
+need protoc protobuf-compiler # the example of a plugin in Python
+if ! /usr/bin/python3 -c 'import grpc, google.protobuf' >/dev/null 2>&1; then
+  missing+=(python3-grpcio python3-protobuf)
+fi
 need gcc gcc # the race detector
 if have gcc && ! [ -e /usr/include/stdlib.h ] || ! have gcc; then
   missing+=(libc6-dev)

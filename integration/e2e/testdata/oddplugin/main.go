@@ -42,10 +42,16 @@ func (o *odd) Decide(farm policies.Farm, q *policies.Question) (*policies.Answer
 		select {}
 	}
 	time.Sleep(o.Delay)
-	if strings.HasPrefix(q.Path, "/forbidden") {
+	last := []string{farm.Servers[len(farm.Servers)-1].Name}
+	switch {
+	case strings.HasPrefix(q.Path, "/forbidden"):
 		return &policies.Answer{Reject: 403}, nil
+	case strings.HasPrefix(q.Path, "/banned"):
+		return &policies.Answer{Reject: 403, Ban: time.Second}, nil
+	case strings.HasPrefix(q.Path, "/marked"):
+		return &policies.Answer{Servers: last, Mark: 0x10}, nil
 	}
-	return &policies.Answer{Servers: []string{farm.Servers[len(farm.Servers)-1].Name}}, nil
+	return &policies.Answer{Servers: last}, nil
 }
 
 func main() {
