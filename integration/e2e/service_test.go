@@ -22,7 +22,7 @@ import (
 func TestService(t *testing.T) {
 	setpriv := require.Tool(t, "setpriv")
 	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2})
-	unit, err := os.ReadFile("../../packaging/weir.service")
+	unit, err := os.ReadFile("../../cmd/weir/packaging/weir.service")
 	if err != nil {
 		t.Fatal(err)
 	}

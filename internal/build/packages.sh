@@ -56,6 +56,6 @@ for arch in ${WEIR_ARCHES:-amd64 arm64}; do
   cp -r "$dir/weir" "$dir/plugins" "$stage/man" "$stage/completion" "$stage/root/"
   for format in ${WEIR_FORMATS:-deb rpm}; do
     WEIR_ARCH=$arch WEIR_STAGE=$stage/root "$stage/nfpm-dir/nfpm" package \
-      --config packaging/nfpm.yaml --packager "$format" --target "$out/"
+      --config cmd/weir/packaging/nfpm.yaml --packager "$format" --target "$out/"
   done
 done

@@ -139,7 +139,7 @@ func unit(t *testing.T, root string) {
 
 // TestUnit holds what the life of the process needs of the unit.
 func TestUnit(t *testing.T) {
-	b, err := os.ReadFile("../../packaging/weir.service")
+	b, err := os.ReadFile("../../cmd/weir/packaging/weir.service")
 	if err != nil {
 		t.Fatal(err)
 	}

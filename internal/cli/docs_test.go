@@ -96,7 +96,7 @@ func TestDocumentedCommands(t *testing.T) {
 		t.Fatal(err)
 	}
 	n := 0
-	for _, path := range append(paths, "../../README.md", "../../packaging/weir.yaml", "../../docs/monitoring/alerts.yaml") {
+	for _, path := range append(paths, "../../README.md", "../../cmd/weir/packaging/weir.yaml", "../../docs/monitoring/alerts.yaml") {
 		b, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)

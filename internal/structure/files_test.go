@@ -17,7 +17,7 @@ const maxLines = 900
 
 // topEntries are the directories that the tree has; bin and build are made.
 var topEntries = []string{
-	".ci", ".git", ".github", "bin", "build", "cmd", "docs", "integration", "internal", "module", "nft", "packaging", "plugins", "policies",
+	".ci", ".git", ".github", "bin", "build", "cmd", "docs", "integration", "internal", "module", "nft", "plugins", "policies",
 }
 
 func TestTopDirectories(t *testing.T) {

@@ -85,7 +85,7 @@ func TestDocumentedConfigs(t *testing.T) {
 	if n < 5 {
 		t.Errorf("only %d configurations in documents", n)
 	}
-	for _, path := range []string{"../../docs/examples/weir.yaml", "../../packaging/weir.yaml"} {
+	for _, path := range []string{"../../docs/examples/weir.yaml", "../../cmd/weir/packaging/weir.yaml"} {
 		loads(t, path, path)
 	}
 }
