@@ -80,6 +80,7 @@ func TestDeps(t *testing.T) {
 			// package that is named is missing.
 			bin := fakes(t, map[string]string{
 				"nginx": "", "apache2": "", "haproxy": "", "lighttpd": "", "curl": "", "ab": "", "wrk": "", "nft": "", "sysctl": "",
+				"tshark": "", "promtool": "", "systemd-analyze": "",
 				"gcc": "", "dpkg-query": "echo " + status, "apt-cache": "exit 0", "id": "echo 0",
 				"apt-get": `case "$*" in
 *update*) echo update >>"$STATE/updates" ;;

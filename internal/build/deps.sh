@@ -48,6 +48,9 @@ need protoc protobuf-compiler # the example of a plugin in Python
 if ! /usr/bin/python3 -c 'import grpc, google.protobuf' >/dev/null 2>&1; then
   missing+=(python3-grpcio python3-protobuf)
 fi
+need tshark tshark             # another reader of captures
+need promtool prometheus       # alert rules
+need systemd-analyze systemd   # the packaged unit
 need gcc gcc # the race detector
 if have gcc && ! [ -e /usr/include/stdlib.h ] || ! have gcc; then
   missing+=(libc6-dev)
@@ -92,7 +95,7 @@ else
   rm -f "$tmp"
 fi
 if [ -z "$ours" ]; then
-  for service in nginx apache2 haproxy lighttpd; do
+  for service in nginx apache2 haproxy lighttpd prometheus; do
     rc=0
     "$policy" "$service" start >/dev/null 2>&1 || rc=$?
     if [ "$rc" -ne 101 ]; then
