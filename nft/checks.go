@@ -40,7 +40,14 @@ var (
 // namespace in question. The error wraps ErrListener and names the address and,
 // if this process may know, the program.
 func CheckVIPListeners(vips []netip.AddrPort) error {
-	socks, err := tcpSockets(procNet)
+	return checkVIPListeners(vips, tcpListeners)
+}
+
+func checkVIPListeners(vips []netip.AddrPort, listeners func() ([]socket, error)) error {
+	if len(vips) == 0 {
+		return nil
+	}
+	socks, err := listeners()
 	if err != nil {
 		return err
 	}
@@ -49,7 +56,7 @@ func CheckVIPListeners(vips []netip.AddrPort) error {
 		v = unmap(v)
 		for i := range socks {
 			s := &socks[i]
-			if !s.listens() || s.local.Port() != v.Port() {
+			if s.local.Port() != v.Port() {
 				continue
 			}
 			switch l := s.local.Addr(); {

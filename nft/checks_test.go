@@ -120,6 +120,62 @@ func listener(t *testing.T, addr string, v6only bool) {
 	}
 }
 
+// TestListeners: the kernel's list of listeners is what /proc says of them, of
+// both families, and has no connections in it.
+func TestListeners(t *testing.T) {
+	newNetns(t)
+	address(t, "lo", "203.0.113.10/32", "2001:db8:9::10/128")
+	for i, a := range []string{"203.0.113.10:80", "0.0.0.0:81", "[2001:db8:9::10]:82", "[::]:83", "127.0.0.1:84"} {
+		listener(t, a, i == 3)
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := unix.Connect(fd, &unix.SockaddrInet4{Port: 80, Addr: [4]byte{203, 0, 113, 10}}); err != nil {
+		t.Fatal(err)
+	}
+	byText := func(a, b socket) int { return strings.Compare(a.local.String(), b.local.String()) }
+	want, err := tcpSockets(procNet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(want) < 7 {
+		t.Fatalf("/proc has %d sockets, want listeners and connections: %v", len(want), want)
+	}
+	want = slices.DeleteFunc(want, func(s socket) bool { return !s.listens() })
+	slices.SortFunc(want, byText)
+	for name, list := range map[string]func() ([]socket, error){"SOCK_DIAG": dumpListeners, "either": tcpListeners} {
+		got, err := list()
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		slices.SortFunc(got, byText)
+		if len(got) != 5 || !slices.Equal(got, want) {
+			t.Errorf("%s: %v\nwant %v", name, got, want)
+		}
+	}
+	for _, b := range [][]byte{nil, make([]byte, diagMessageLen-1), make([]byte, diagMessageLen)} {
+		if s, ok := parseDiag(b); ok {
+			t.Errorf("%d bytes of nothing are taken for %v", len(b), s)
+		}
+	}
+}
+
+// TestNoVIPs: where there is nothing to compare, no socket is looked at. Most
+// reloads are so.
+func TestNoVIPs(t *testing.T) {
+	asked := 0
+	list := func() ([]socket, error) { asked++; return nil, errors.New("asked") }
+	if err := checkVIPListeners(nil, list); err != nil || asked != 0 {
+		t.Errorf("no VIPs: %v, asked %d times", err, asked)
+	}
+	if err := checkVIPListeners([]netip.AddrPort{netip.MustParseAddrPort("203.0.113.10:80")}, list); err == nil || asked != 1 {
+		t.Errorf("a VIP: %v, asked %d times", err, asked)
+	}
+}
+
 func TestVIPListeners(t *testing.T) {
 	local4, local6 := "203.0.113.10:80", "[2001:db8:9::10]:80"
 	routed := "198.51.100.99:80"

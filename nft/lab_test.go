@@ -198,6 +198,15 @@ func address(t *testing.T, name string, addrs ...string) {
 		if err := netlink.AddrAdd(link, addr); err != nil {
 			t.Fatalf("%s on %s: %v", a, name, err)
 		}
+		// The kernel makes the route to an IPv6 address a little later.
+		ip, _ := netip.AddrFromSlice(addr.IP)
+		for deadline := time.Now().Add(5 * time.Second); ; runtime.Gosched() {
+			if local, err := isLocal(ip.Unmap()); local {
+				break
+			} else if time.Now().After(deadline) {
+				t.Fatalf("%s on %s does not become an address of the host: %v", a, name, err)
+			}
+		}
 	}
 }
 

@@ -13,8 +13,12 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
 )
 
 // procNet is /proc/net of the calling thread's network namespace. /proc/net
@@ -24,7 +28,7 @@ const procNet = "/proc/thread-self/net"
 // tcpListen is TCP_LISTEN of the kernel's socket states.
 const tcpListen = 10
 
-// socket is one line of /proc/net/tcp or tcp6.
+// socket is a TCP socket of this host.
 type socket struct {
 	local netip.AddrPort
 	state uint8
@@ -86,6 +90,82 @@ func parseSockets(r io.Reader) ([]socket, error) {
 		out = append(out, socket{local: netip.AddrPortFrom(addr.Unmap(), uint16(port)), state: uint8(state), inode: inode})
 	}
 	return out, sc.Err()
+}
+
+// tcpListeners lists the TCP sockets that listen in the namespace of the
+// calling thread. The kernel is asked for these alone: a router may have very
+// many connections, and /proc has one line for each.
+func tcpListeners() ([]socket, error) {
+	all, err := dumpListeners()
+	if err == nil {
+		return all, nil
+	}
+	// A kernel without INET_DIAG, or a process that may not make such sockets.
+	all, err = tcpSockets(procNet)
+	return slices.DeleteFunc(all, func(s socket) bool { return !s.listens() }), err
+}
+
+// Sizes and places of struct inet_diag_req_v2 and struct inet_diag_msg,
+// linux/inet_diag.h. Both begin with four single bytes.
+const (
+	diagRequestLen = 56
+	diagStates     = 4 // of the request: bit mask, 32 bits
+	diagMessageLen = 72
+	diagPort       = 4 // of the message: port and address of this end
+	diagAddress    = 8
+	diagInode      = 68
+)
+
+// diagRequest is a struct inet_diag_req_v2, all but the header.
+type diagRequest [diagRequestLen]byte
+
+// Len and Serialize implement nl.NetlinkRequestData.
+func (r *diagRequest) Len() int          { return len(r) }
+func (r *diagRequest) Serialize() []byte { return r[:] }
+
+// dumpListeners asks SOCK_DIAG. When no other state than LISTEN is asked for,
+// the kernel does not walk through the table of connections.
+func dumpListeners() ([]socket, error) {
+	var all []socket
+	for _, family := range [...]uint8{unix.AF_INET, unix.AF_INET6} {
+		var body diagRequest
+		body[0], body[1] = family, unix.IPPROTO_TCP
+		binary.NativeEndian.PutUint32(body[diagStates:], 1<<tcpListen)
+		req := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
+		req.AddData(&body)
+		msgs, err := req.Execute(unix.NETLINK_INET_DIAG, 0)
+		if err != nil {
+			return nil, fmt.Errorf("nft: asking for listeners: %w", err)
+		}
+		for _, m := range msgs {
+			s, ok := parseDiag(m)
+			if !ok {
+				return nil, errors.New("nft: asking for listeners: a message that is too short or of another family")
+			}
+			all = append(all, s)
+		}
+	}
+	return all, nil
+}
+
+// parseDiag reads a struct inet_diag_msg.
+func parseDiag(b []byte) (s socket, ok bool) {
+	if len(b) < diagMessageLen {
+		return s, false
+	}
+	var addr netip.Addr
+	switch b[0] {
+	case unix.AF_INET:
+		addr = netip.AddrFrom4([4]byte(b[diagAddress:]))
+	case unix.AF_INET6:
+		addr = netip.AddrFrom16([16]byte(b[diagAddress:])).Unmap()
+	default:
+		return s, false
+	}
+	return socket{
+		local: netip.AddrPortFrom(addr, binary.BigEndian.Uint16(b[diagPort:])), state: b[1],
+		inode: uint64(binary.NativeEndian.Uint32(b[diagInode:])),
+	}, true
 }
 
 // owner names the program that holds the socket with this inode, as far as
