@@ -198,7 +198,10 @@ func (m *Module) watch(ctx context.Context) {
 	if m.opt.Layers == nil {
 		return
 	}
-	config.Watch(ctx, config.WatchOptions{Layers: m.opt.Layers, Changed: func(err error) {
+	m.op.Lock()
+	loaded := m.op.file
+	m.op.Unlock()
+	config.Watch(ctx, config.WatchOptions{Layers: m.opt.Layers, Loaded: loaded, Changed: func(err error) {
 		if err != nil {
 			m.refuse(whyFiles, nil, err)
 			return

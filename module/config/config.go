@@ -38,7 +38,8 @@ type Config struct {
 	// Files are the files that were read, in the order of their layers.
 	Files []string `koanf:"-"`
 
-	at map[string]position
+	at   map[string]position
+	sums map[string]checksum // of Files, as they were read
 }
 
 // Source is the router's own side toward the servers.

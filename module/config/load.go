@@ -3,6 +3,7 @@
 package config
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
@@ -102,7 +103,7 @@ func Load(opts LoadOptions) (*Config, error) {
 		files = append(files, yamlFiles(opts.Dir)...)
 	}
 	for _, f := range files {
-		b.addFile(f, file.Provider(f))
+		b.addFile(f, summing{file.Provider(f), f, b.sums})
 	}
 	b.addEnv(opts.Env)
 	b.addOverrides(opts.Overrides)
@@ -114,12 +115,32 @@ func Load(opts LoadOptions) (*Config, error) {
 type builder struct {
 	ko     *koanf.Koanf
 	at     map[string]position
+	sums   map[string]checksum // of the files that were read
 	errs   Errors
 	layers int
 }
 
+// checksum tells contents of files apart.
+type checksum = [sha256.Size]byte
+
+// summing is the provider of a file that remembers what it has read.
+type summing struct {
+	*file.File
+	name string
+	sums map[string]checksum
+}
+
+// ReadBytes reads the file.
+func (s summing) ReadBytes() ([]byte, error) {
+	b, err := s.File.ReadBytes()
+	if err == nil {
+		s.sums[s.name] = sha256.Sum256(b)
+	}
+	return b, err
+}
+
 func newBuilder() *builder {
-	b := &builder{ko: koanf.New("."), at: map[string]position{}}
+	b := &builder{ko: koanf.New("."), at: map[string]position{}, sums: map[string]checksum{}}
 	b.load(mapProvider(schema.defaults()), nil, nil)
 	return b
 }
@@ -384,7 +405,7 @@ func (b *builder) finish(files []string) (*Config, error) {
 		// has no line, but nothing wrong is ever accepted.
 		b.errs = append(b.errs, &Error{Problem: err.Error(), order: b.layers + 1})
 	} else {
-		cfg.Files = files
+		cfg.Files, cfg.sums = files, b.sums
 		for i := listed; i < len(cfg.Plugins); i++ {
 			cfg.Plugins[i].Implied = true
 		}

@@ -22,8 +22,14 @@ type WatchOptions struct {
 	// and go in directories. Must not be nil.
 	Layers func() LoadOptions
 
+	// Loaded is what Load has made of the files before, or nil. The first look
+	// compares with it, so that what is in force already is not told once more,
+	// and what changed between that load and now is.
+	Loaded *Config
+
 	// Changed is called when the files have other contents than at the last
-	// call and have kept them for Settle, and once at the beginning. A file
+	// call and have kept them for Settle, and once at the beginning unless they
+	// are as Loaded had them. A file
 	// that is absent, unreadable or empty is told as an error, an Errors, in
 	// place of contents: there is nothing to load then. It runs on Watch's own
 	// goroutine. Must not be nil.
@@ -46,9 +52,17 @@ func Watch(ctx context.Context, o WatchOptions) {
 	if o.Poll <= 0 {
 		o.Poll = 5 * time.Second
 	}
-	w := &watcher{o: o}
+	w := newWatcher(o)
 	defer w.disarm()
 	w.run(ctx)
+}
+
+func newWatcher(o WatchOptions) *watcher {
+	w := &watcher{o: o}
+	if o.Loaded != nil {
+		w.told = &look{sums: o.Loaded.sums}
+	}
+	return w
 }
 
 type watcher struct {
@@ -62,7 +76,7 @@ type watcher struct {
 
 // look is what the files hold at one moment.
 type look struct {
-	sums map[string][sha256.Size]byte
+	sums map[string]checksum
 	errs Errors
 }
 
@@ -150,7 +164,7 @@ func (o *LoadOptions) files() []string {
 
 func (w *watcher) read() *look {
 	opts := w.o.Layers()
-	l := &look{sums: map[string][sha256.Size]byte{}}
+	l := &look{sums: map[string]checksum{}}
 	for _, f := range opts.files() {
 		b, err := os.ReadFile(f)
 		if err != nil {

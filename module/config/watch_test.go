@@ -22,13 +22,19 @@ type told struct {
 // of the test depends on it but its own duration.
 func follow(t *testing.T, poll time.Duration, layers LoadOptions) <-chan told {
 	t.Helper()
+	return followFrom(t, poll, layers, nil)
+}
+
+// followFrom does so beginning with what was loaded.
+func followFrom(t *testing.T, poll time.Duration, layers LoadOptions, loaded *Config) <-chan told {
+	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	out := make(chan told, 100)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		Watch(ctx, WatchOptions{
-			Layers: func() LoadOptions { return layers }, Settle: 20 * time.Millisecond, Poll: poll,
+			Layers: func() LoadOptions { return layers }, Loaded: loaded, Settle: 20 * time.Millisecond, Poll: poll,
 			Changed: func(err error) {
 				x := told{err: err}
 				if err == nil {
@@ -237,6 +243,53 @@ func TestWatchQuiet(t *testing.T) {
 		}
 	case <-time.After(20 * time.Second):
 		t.Error("a change was not told")
+	}
+}
+
+// TestWatchLoaded: what a start has loaded is not told as if it were news, but
+// what changed since that load is, and so is a way back to it.
+func TestWatchLoaded(t *testing.T) {
+	dir := t.TempDir()
+	file, confd := filepath.Join(dir, "weir.yaml"), filepath.Join(dir, "conf.d")
+	put(t, file, atLevel("info"))
+	must(t, os.Mkdir(confd, 0o755))
+	put(t, filepath.Join(confd, "10.yaml"), "queue: {gso: false}\n")
+	layers := LoadOptions{Files: []string{file}, Dir: confd}
+	loaded, err := Load(layers)
+	must(t, err)
+	calls := 0
+	w := newWatcher(WatchOptions{
+		Layers: func() LoadOptions { return layers }, Loaded: loaded,
+		Changed: func(err error) { must(t, err); calls++ },
+	})
+	after := func(what string, want int) {
+		t.Helper()
+		for w.look() {
+		}
+		if calls != want {
+			t.Errorf("%s: told %d times, want %d", what, calls, want)
+		}
+	}
+	after("as it was loaded", 0)
+	put(t, file, atLevel("debug"))
+	after("changed", 1)
+	put(t, file, atLevel("info"))
+	after("as it was loaded, once more", 2)
+	put(t, filepath.Join(confd, "20.yaml"), "log: {level: warn}\n")
+	w, calls = newWatcher(w.o), 0
+	after("a file more since the load", 1)
+
+	// And the whole way: what is told first is a change.
+	must(t, os.Remove(filepath.Join(confd, "20.yaml")))
+	c := followFrom(t, time.Millisecond, layers, loaded)
+	put(t, file, atLevel("error"))
+	select {
+	case x := <-c:
+		if x.err != nil || x.level != "error" {
+			t.Errorf("told %+v first, want level error", x)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("never told: level error")
 	}
 }
 
