@@ -21,7 +21,7 @@ TEST ?=
 .PHONY: build demo test soak bench lint deps generate packages clean help dirs runtests
 
 help: ## what can be made
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 # What an earlier run of root's left behind must not stop the builder.
 dirs:
@@ -79,3 +79,10 @@ packages: dirs ## .deb and .rpm for amd64 and arm64 in build/packages
 
 clean: ## remove bin and build
 	rm -rf bin build
+
+.PHONY: test-vm
+# The kernel of Debian in QEMU, without KVM; needs root only to install QEMU.
+test-vm: build ## end-to-end tests on a stock kernel in a virtual machine
+	@internal/build/deps.sh qemu-system-x86 cpio
+	integration/vm/kernel.sh build/vm
+	WEIR_VM=$(CURDIR)/build/vm $(GO) test -count=1 -timeout 12m -v ./integration/vm

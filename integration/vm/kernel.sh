@@ -16,7 +16,15 @@ mkdir -p "$dir"
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 meta=linux-image-cloud-amd64
-package=$(apt-cache depends --no-recommends --no-suggests "$meta" | awk '$1 == "Depends:" && $2 ~ /^linux-image-/ { print $2; exit }')
+find_package() {
+  apt-cache depends --no-recommends --no-suggests "$meta" 2>/dev/null | awk '$1 == "Depends:" && $2 ~ /^linux-image-/ { print $2; exit }'
+}
+package=$(find_package)
+# A machine that had all else installed may have no lists.
+if [ -z "$package" ] && [ "$(id -u)" -eq 0 ]; then
+  apt-get -qq -o DPkg::Lock::Timeout=300 update </dev/null >&2 || true
+  package=$(find_package)
+fi
 if [ -z "$package" ]; then
   echo "kernel.sh: apt knows no $meta; run: apt-get update" >&2
   exit 1

@@ -128,6 +128,10 @@ func modprobe(args []string) error {
 		if file[name] == "" {
 			return nil // built in
 		}
+		// The kernel asks again and again for what a batch of nftables needs.
+		if _, err := os.Stat("/sys/module/" + name); err == nil {
+			return nil
+		}
 		for _, d := range depends[name] {
 			if err := load(d); err != nil {
 				return err
