@@ -33,9 +33,8 @@ const drawTries = 16
 // The candidates are the servers in state Ready that were not tried. Each
 // policy in the farm's order narrows them or multiplies their weights. Of the
 // candidates left, backup servers count only when no other is there. Then two
-// are drawn with replacement in proportion to weight × Π score, and the one
-// with the smaller (active + waiting + 1) / weight is taken; of equals the one
-// with an idle connection, else the first drawn.
+// different ones are drawn in proportion to weight × Π score, and one of them is
+// taken: see better.
 //
 // live has one entry for each server of the farm, by number; tried may be nil;
 // rnd is one random number, from which the same choice follows every time. It
@@ -255,49 +254,61 @@ func (s *Selector) preferPrimary(sc *Scratch, live []*Live, rec *recorder) {
 	}
 }
 
-// pick draws twice among the candidates, at least one of which is ready, and
-// takes the less loaded.
+// pick draws two of the candidates, at least one of which is ready, and takes
+// the better one. They are different ones wherever there are two: a server that
+// answers nothing and keeps all that it gets would otherwise, whenever it was
+// drawn twice, get one more, until it has every client that waits for an answer.
 func (s *Selector) pick(sc *Scratch, live []*Live, rnd uint64, rec *recorder) Choice {
-	cand := sc.cand[:s.words]
-	n := count(cand)
-	var a, b int
-	listed := n <= fewServers
-	if !listed {
-		a, rnd = s.drawOne(sc, n, live, rnd)
-		b, rnd = s.drawOne(sc, n, live, rnd)
-		listed = a < 0 || b < 0
+	n := count(sc.cand[:s.words])
+	a, b := -1, -1
+	if n > fewServers {
+		if a, rnd = s.drawOne(sc, n, live, -1, rnd); a >= 0 {
+			b, rnd = s.drawOne(sc, n, live, a, rnd)
+		}
 	}
-	if listed {
+	if b < 0 {
 		n = s.list(sc, live)
 		if n == 0 {
 			// The last ready server left while we looked at it.
 			return Choice{Kind: ChoiceReject, Reason: ReasonNoServer, Policy: NoPolicy, Status: 503, RetryAfter: RetryAfter}
 		}
-		a, rnd = drawListed(sc, n, rnd)
-		b, _ = drawListed(sc, n, rnd)
+		a, b, rnd = drawListed(sc, n, a, rnd)
 	}
 	take := a
-	if a != b && s.better(sc, b, a, live) {
+	if a != b && s.better(sc, b, a, live, rnd) {
 		take = b
 	}
 	rec.picked(s, sc, a, b, take, live)
 	return Choice{Kind: ChoiceServer, Reason: ReasonPicked, Policy: NoPolicy, Server: uint16(take), Candidates: uint16(n)}
 }
 
-// better reports whether server x is to be taken before y, which was drawn
-// first.
-func (s *Selector) better(sc *Scratch, x, y int, live []*Live) bool {
+// better reports whether server x is to be taken instead of y, which was drawn
+// first. It is where x, with this request, would be no busier for its weight
+// than y is without it: (load(x) + 1) / weight(x) <= load(y) / weight(y). Among
+// equal weights that is the server with less to do. Where weights differ, a
+// server that has nothing to do keeps what was drawn for it: if the two were
+// compared with the request at each, (load + 1) / weight, the one with the
+// small weight would get nothing as long as the other is idle.
+//
+// Of two that are equally loaded the one that has an idle connection is taken
+// half of the time, if the other has none. Always would be too often: where
+// requests come one at a time, the other would never get a connection.
+func (s *Selector) better(sc *Scratch, x, y int, live []*Live, rnd uint64) bool {
 	// Compared crosswise, without dividing: equal loads are exactly equal.
-	lx := load(live[x]) * s.weight(sc, y)
-	ly := load(live[y]) * s.weight(sc, x)
-	if lx != ly {
-		return lx < ly
+	lx, ly := load(live[x]), load(live[y])
+	wx, wy := s.weight(sc, x), s.weight(sc, y)
+	if (lx+1)*wy <= ly*wx {
+		return true
 	}
-	return live[x].Idle.Load() > 0 && live[y].Idle.Load() <= 0
+	if (lx+1)*wy != (ly+1)*wx || live[x].Idle.Load() <= 0 || live[y].Idle.Load() > 0 {
+		return false
+	}
+	_, coin := random(rnd)
+	return coin>>63 == 0
 }
 
 func load(l *Live) float64 {
-	return float64(max(l.Active.Load(), 0)) + float64(max(l.Waiting.Load(), 0)) + 1
+	return float64(max(l.Active.Load(), 0)) + float64(max(l.Waiting.Load(), 0))
 }
 
 // weight is the configured weight times the scores that count.
@@ -330,11 +341,46 @@ func (s *Selector) list(sc *Scratch, live []*Live) int {
 	return n
 }
 
-// drawListed draws one of the n listed servers in proportion to weight.
-func drawListed(sc *Scratch, n int, rnd uint64) (server int, next uint64) {
-	rnd, x := random(rnd)
-	at := unit(x) * sc.sum[n-1]
-	lo, hi := 0, n-1 // the first whose sum is above at
+// drawListed draws two different ones of the n listed servers in proportion to
+// weight, the second from the rest; of one it returns that twice. first is the
+// one that was drawn already, or -1.
+func drawListed(sc *Scratch, n, first int, rnd uint64) (a, b int, next uint64) {
+	i := n
+	if first >= 0 {
+		for i = 0; i < n && int(sc.list[i]) != first; i++ {
+		}
+	}
+	var x uint64
+	if i == n {
+		rnd, x = random(rnd)
+		i = sc.above(n, unit(x)*sc.sum[n-1])
+	}
+	a = int(sc.list[i])
+	if n == 1 {
+		return a, a, rnd
+	}
+	// The second draw is from the line without the first one's part.
+	before := 0.0
+	if i > 0 {
+		before = sc.sum[i-1]
+	}
+	part := sc.sum[i] - before
+	rnd, x = random(rnd)
+	at := unit(x) * (sc.sum[n-1] - part)
+	if at >= before {
+		at += part
+	}
+	j := sc.above(n, at)
+	if j == i { // by rounding
+		j = (i + 1) % n
+	}
+	return a, int(sc.list[j]), rnd
+}
+
+// above returns the first of the n listed servers whose sum is above at, or the
+// last.
+func (sc *Scratch) above(n int, at float64) int {
+	lo, hi := 0, n-1
 	for lo < hi {
 		if mid := (lo + hi) / 2; sc.sum[mid] > at {
 			hi = mid
@@ -342,14 +388,14 @@ func drawListed(sc *Scratch, n int, rnd uint64) (server int, next uint64) {
 			lo = mid + 1
 		}
 	}
-	return int(sc.list[lo]), rnd
+	return lo
 }
 
 // drawOne draws from a large set by rejection: any member with equal chance,
-// turned down if it is not ready or, in proportion, for a weight below the
-// greatest. What comes through has the same distribution as a draw from the
-// list; -1 says that nothing came through.
-func (s *Selector) drawOne(sc *Scratch, n int, live []*Live, rnd uint64) (server int, next uint64) {
+// turned down if it is the one not to be drawn (-1: none), not ready or, in
+// proportion, for a weight below the greatest. What comes through has the same
+// distribution as a draw from the list; -1 says that nothing came through.
+func (s *Selector) drawOne(sc *Scratch, n int, live []*Live, not int, rnd uint64) (server int, next uint64) {
 	top := s.maxWeight
 	for _, p := range sc.scored[:sc.nscore] {
 		top *= s.policies[p].maxScore
@@ -361,7 +407,7 @@ func (s *Selector) drawOne(sc *Scratch, n int, live []*Live, rnd uint64) (server
 	for range drawTries {
 		rnd, x = random(rnd)
 		server = nth(sc.cand[:s.words], int(x>>32*uint64(n)>>32))
-		if !ready(live[server]) {
+		if server == not || !ready(live[server]) {
 			continue
 		}
 		if w := s.weight(sc, server); w < top {

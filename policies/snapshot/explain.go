@@ -244,7 +244,7 @@ func (c *recorder) picked(s *Selector, sc *Scratch, a, b, take int, live []*Live
 			live[i].Active.Load(), live[i].Waiting.Load(), live[i].Idle.Load(), s.weight(sc, i))
 	}
 	if a == b {
-		c.add("", "drawn twice: "+show(a))
+		c.add("", "the only one to draw: "+show(a))
 		return
 	}
 	c.add("", fmt.Sprintf("drawn: %s and %s: %s", show(a), show(b), s.servers[take].Name))
