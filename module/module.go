@@ -429,6 +429,11 @@ func (m *Module) openQueues(params *nft.Params, give *undo) error {
 	if err := add(params.ControlQueue(), 1024, roleControl); err != nil {
 		return err
 	}
+	var drawn [8]byte
+	if _, err := rand.Read(drawn[:]); err != nil {
+		return err
+	}
+	census := engine.NewCensus(m.opt.Clients*params.Shards, binary.LittleEndian.Uint64(drawn[:]))
 	except := map[uint16]bool{}
 	for _, p := range params.ExceptPorts {
 		except[p] = true
@@ -448,7 +453,7 @@ func (m *Module) openQueues(params *nft.Params, give *undo) error {
 		}
 		m.shards[len(m.shards)-1].engine = engine.New(engine.Options{
 			Clients: m.opt.Clients, Servers: m.opt.Servers, Seed: binary.LittleEndian.Uint64(seed[:]),
-			Handshake: m.handshake, SNIPs: ports, ShareSNIP: m.config().Source.Shared, Shard: i, Shards: params.Shards,
+			Handshake: m.handshake, Census: census, SNIPs: ports, ShareSNIP: m.config().Source.Shared, Shard: i, Shards: params.Shards,
 		}, m.db.Load())
 	}
 	return nil

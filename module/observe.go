@@ -19,7 +19,7 @@ const observePace = time.Second
 
 // telling are the engine's reasons that become events when they are counted.
 var telling = append([]engine.Reason{
-	engine.ReasonTableFull, engine.ReasonNoPort, engine.ReasonWaitingFull, engine.ReasonBadResponse,
+	engine.ReasonTableFull, engine.ReasonConnectionLimit, engine.ReasonClientLimit, engine.ReasonNoPort, engine.ReasonWaitingFull, engine.ReasonBadResponse,
 	engine.ReasonExtraBytes, engine.ReasonIdleBytes, engine.ReasonAckCausality, engine.ReasonTruncatedResponse,
 }, engine.Refusals()...)
 

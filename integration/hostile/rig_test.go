@@ -76,6 +76,18 @@ type rig struct {
 	t     *testing.T
 	weir  *lab.Weir
 	farms int // more farms, each on a port of its own
+
+	bin, socket string
+}
+
+// event reports whether weir has told an event of that name.
+func (r *rig) event(name string) bool {
+	r.t.Helper()
+	out, err := exec.CommandContext(within(r.t, 10*time.Second), r.bin, "events", "-o", "json", "--socket", r.socket).CombinedOutput()
+	if err != nil {
+		r.t.Fatalf("weir events: %v: %s", err, out)
+	}
+	return strings.Contains(string(out), `"`+name+`"`)
 }
 
 // vip and server are the addresses of the n-th of these.
@@ -131,7 +143,7 @@ func (r *rig) start(pool, extra string) {
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	r.weir = w
+	r.weir, r.bin, r.socket = w, bin, c.Socket()
 	r.t.Cleanup(func() {
 		if r.t.Failed() {
 			r.t.Logf("weir (process %d) wrote:\n%s", w.Proc.Pid(), w.Log())

@@ -59,13 +59,13 @@ type Farm struct {
 	Policies       []PolicyUse      `koanf:"policies" doc:"Policies in the order in which they choose: plugin names, or mappings with the keys below. A farm without policies needs no plugin process."`
 	Pool           Pool             `koanf:"pool" doc:"Pool of server connections. Limits are per server over all shards, 0 is no limit."`
 	Timeouts       Timeouts         `koanf:"timeouts" doc:"Time limits of one exchange."`
-	Limits         Limits           `koanf:"limits" doc:"Limits of what clients may send."`
+	Limits         Limits           `koanf:"limits" doc:"Limits of clients: how many connections they may have, and what they may send."`
 	Forwarded      string           `koanf:"forwarded" default:"none" enum:"none|x-forwarded-for|forwarded" doc:"Field that tells the servers the client's address. A field of that name that the client sent is neutralised."`
 	ForwardedTrust []Prefix         `koanf:"forwarded_trust" doc:"Clients, such as proxies in front, whose own forwarding fields are kept; the field with their address follows behind."`
 	RouteSafety    string           `koanf:"route_safety" enum:"|reject|pass" doc:"What to do with a path that a server may read as another one than the routes: one with dot segments, //, a backslash, or %2e, %2f, %5c, %00. Without it: reject (400) where a policy of the farm sends routes."`
 }
 
-// Limits holds what clients may send. All sizes are above zero.
+// Limits holds what clients may send. All but the limits of connections are above zero.
 type Limits struct {
 	Head           ByteSize `koanf:"head" default:"64KiB" need:"positive" doc:"A request head, from the request line to the empty line; at most 1MiB. A larger one gets 431."`
 	Fields         int      `koanf:"fields" default:"100" min:"1" max:"1000" doc:"Field lines of a request head. More get 431."`
@@ -73,6 +73,8 @@ type Limits struct {
 	ChunkExtension ByteSize `koanf:"chunk_extension" default:"4KiB" need:"positive" doc:"Extensions of one chunk line; at most 65535."`
 	Trailers       ByteSize `koanf:"trailers" default:"8KiB" need:"positive" doc:"The trailer section of a chunked request; at most 1MiB."`
 	BodyRate       Rate     `koanf:"body_rate" default:"4Kbit" doc:"Least pace of a request's body, measured over timeouts.body while the server takes more. A slower one gets 408. 0 is no limit."`
+	Connections    int      `koanf:"connections" default:"0" min:"0" max:"16777215" doc:"Client connections of the farm at once, those that have asked for something. A further one is reset; established ones are untouched. 0 is no limit but the room of the tables."`
+	PerClient      int      `koanf:"per_client" default:"8192" min:"0" max:"16777215" doc:"The same for one client, which is an IPv4 address or a /64 of IPv6. Many people may share one address. 0 is no limit."`
 }
 
 // Server is one server of a farm.

@@ -49,6 +49,7 @@ type Farm struct {
 	Requests          uint64   `json:"requests"`
 	OwnAnswers        uint64   `json:"own_answers"`  // answered by the engine itself
 	Redispatched      uint64   `json:"redispatched"` // sent to another server after a failure
+	Clients           int      `json:"clients"`      // client connections that have asked for something, now
 	Waiting           int      `json:"waiting"`      // requests that wait for a connection now
 	Opened            uint64   `json:"opened"`       // server connections
 	Reused            uint64   `json:"reused"`       // requests that found an idle server connection
@@ -126,6 +127,7 @@ func countFarm(f *farm.Farm) Farm {
 		Requests:          f.Stats.Requests.Load(),
 		OwnAnswers:        f.Stats.OwnAnswers.Load(),
 		Redispatched:      f.Stats.Redispatched.Load(),
+		Clients:           int(f.Stats.Clients.Load()),
 		Waiting:           int(f.Stats.Waiting.Load()),
 		Opened:            f.Stats.Opened.Load(),
 		Reused:            f.Stats.Reused.Load(),

@@ -264,6 +264,7 @@ func (e *Engine) removeClient(r splice.Ref, c *splice.Client) {
 	b.SndNxt = c.SndNxt
 	e.tombs.Put(b, e.seconds())
 	e.armSweep()
+	e.leave(e.clients.Key(r).Src.Addr, c)
 	c.State = splice.ClientFree
 	e.clients.Remove(r)
 }

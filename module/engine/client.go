@@ -201,9 +201,16 @@ func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
 		}
 		return 0
 	}
+	counted, why := e.admit(f, key.Src.Addr)
+	if why != ReasonNone {
+		e.Count.add(why)
+		e.statelessReset(key, p)
+		return 0
+	}
 	r := e.clients.Insert(key)
 	if r == 0 {
 		// INV-7: refuse the new connection cleanly.
+		e.leave(key.Src.Addr, &splice.Client{Farm: f.ID, Flags: counted})
 		e.Count.add(ReasonTableFull)
 		e.statelessReset(key, p)
 		return 0
@@ -211,7 +218,7 @@ func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
 	e.embryos.Remove(key)
 	c := e.clients.At(r)
 	*c = splice.Client{
-		State: splice.ClientHead, Scale: opt.scale(), Farm: f.ID, MSS: opt.mss(), Octave: octave,
+		State: splice.ClientHead, Scale: opt.scale(), Flags: counted, Farm: f.ID, MSS: opt.mss(), Octave: octave,
 		IRS: isn, ISS: iss, RcvNxt: isn.Add(1), RcvAcked: isn.Add(1),
 		SndUna: iss.Add(1), SndNxt: iss.Add(1),
 		Started: e.now, Last: e.now,

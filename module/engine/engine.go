@@ -14,6 +14,7 @@
 // The life of a packet, in the order of the files:
 //
 //	cookie.go    SYN → SYN-ACK with a cookie, no state (another thread may do this)
+//	census.go    how many connections each client has; limits of that
 //	client.go    packets of clients: embryo, request head, everything outside a splice
 //	dispatch.go  a complete head → policies → a server connection, idle or new
 //	screen.go    what a farm refuses although its framing is certain; its limits
@@ -140,6 +141,9 @@ type Options struct {
 	// ShareSNIP is source.shared: a packet to a port that the engine does not
 	// hold belongs to somebody else on this host.
 	ShareSNIP bool
+	// Census counts the connections of each client; shards share one. nil makes
+	// one for this engine alone.
+	Census *Census
 	// Shard and Shards tell the engine which part of a farm-wide number is
 	// its own.
 	Shard, Shards int
@@ -191,6 +195,9 @@ func New(opt Options, db *farm.DB) *Engine {
 		opt.Limits = http1.DefaultLimits()
 	}
 	opt.Clients, opt.Servers = max(opt.Clients, 1), max(opt.Servers, 1)
+	if opt.Census == nil {
+		opt.Census = NewCensus(opt.Clients, opt.Seed)
+	}
 	e := &Engine{
 		opt:     opt,
 		db:      db,

@@ -26,6 +26,8 @@ const (
 	ReasonBadCookie
 	ReasonTombstone
 	ReasonTableFull
+	ReasonConnectionLimit
+	ReasonClientLimit
 	ReasonAckBeyond
 	ReasonOutOfWindow
 	ReasonBlindReset
@@ -182,7 +184,7 @@ func answered(status int) Reason {
 var reasonNames = [reasonCount]string{
 	"none",
 	"malformed", "fragment", "bad-checksum", "truncated-copy", "unknown-client", "unknown-server", "bad-cookie",
-	"tombstone", "table-full", "ack-beyond", "out-of-window", "blind-reset", "beyond-frontier", "beyond-window", "old-epoch",
+	"tombstone", "table-full", "connection-limit", "client-limit", "ack-beyond", "out-of-window", "blind-reset", "beyond-frontier", "beyond-window", "old-epoch",
 	"stateless-reset", "stateless-fin", "challenge-ack", "early-ack", "own-answer",
 	"client-fin", "client-reset", "client-idle", "client-silent", "head-timeout", "aborted-request", "served",
 	"truncated-response", "bad-response", "stopped",

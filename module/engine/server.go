@@ -68,9 +68,10 @@ func (e *Engine) fromServer(key *packet.Tuple, p *packet.TCP, ev *Event) {
 		return
 	}
 	// RFC 9293 section 3.10.7.4, first: the segment's place must be one that
-	// the server can be at. It has never had a larger window than this.
+	// the server can be at: inside the largest window that it was given, with a
+	// probe or a FIN behind its edge, or something old.
 	const reach = packet.Size(0xffff) << splice.ScaleToServer
-	if !seq.In(v.RcvNxt.Sub(reach), v.RcvNxt.Add(reach)) {
+	if !seq.In(v.RcvNxt.Sub(reach), v.RcvEdge.Add(2)) {
 		e.Count.add(ReasonOutOfWindow)
 		e.challengeServer(s, v)
 		return
@@ -199,11 +200,14 @@ func (e *Engine) connecting(s splice.Ref, v *splice.Server, p *packet.TCP) {
 		}
 	case fl.Has(packet.SYN | packet.ACK):
 		if p.Ack() != v.ISS.Add(1) {
-			e.resetFor(s, p)
+			if e.mayAnswer(v) {
+				e.resetFor(s, p)
+			}
 			return
 		}
 		o := p.SYNOptions()
 		v.IRS = p.Seq()
+		v.RcvEdge = v.IRS.Add(1 + 0xffff) // the window of our SYN
 		v.RcvNxt, v.RcvHigh, v.RcvAcked = v.IRS.Add(1), v.IRS.Add(1), v.IRS.Add(1)
 		v.SndUna, v.SndNxt = p.Ack(), p.Ack()
 		if o.WindowScale >= 0 {
@@ -242,9 +246,22 @@ func (e *Engine) connecting(s splice.Ref, v *splice.Server, p *packet.TCP) {
 	case fl.Has(packet.ACK):
 		// The server has an old connection on this 4-tuple (RFC 9293 section
 		// 3.5.1): reset it, then ask again.
-		e.resetFor(s, p)
-		e.sendSYN(s, v)
+		if e.mayAnswer(v) {
+			e.resetFor(s, p)
+			e.sendSYN(s, v)
+		}
 	}
+}
+
+// mayAnswer limits the answers to unacceptable segments of a server connection
+// (RFC 5961 section 7).
+func (e *Engine) mayAnswer(v *splice.Server) bool {
+	if e.now-v.LastACK < challengeEvery && v.LastACK != 0 {
+		return false
+	}
+	v.LastACK = e.now
+	e.Count.add(ReasonChallengeACK)
+	return true
 }
 
 // resetFor sends the RST that the segment's own acknowledgment asks for.
@@ -749,10 +766,17 @@ func (e *Engine) sendServer(s splice.Ref, v *splice.Server, fl packet.Flags, seq
 	e.out.segment(&packet.Segment{
 		Src: k.Dst, Dst: k.Src, Seq: seq, Ack: ack, Flags: fl, Window: window, TTL: 64,
 	}, payload)
-	v.RcvAcked = packet.MaxSeq(v.RcvAcked, ack)
+	offer(v, ack, window)
 	if e.owed == s {
 		e.owed = 0
 	}
+}
+
+// offer notes what a segment to a server acknowledges and how far its window
+// reaches.
+func offer(v *splice.Server, ack packet.Seq, window uint16) {
+	v.RcvAcked = packet.MaxSeq(v.RcvAcked, ack)
+	v.RcvEdge = packet.MaxSeq(v.RcvEdge, ack.Add(packet.Size(splice.TrueWindow(window, toServerShift(v)))))
 }
 
 // ownWindow is what the engine advertises to a server when no client stands
@@ -775,12 +799,11 @@ func (e *Engine) ackServer(s splice.Ref, v *splice.Server) {
 		if v.Flags&splice.ServerRespEnd != 0 && v.RcvNxt == v.RespEnd {
 			window = ownWindow
 		}
-		k := e.servers.Key(s)
+		k, field := e.servers.Key(s), splice.WindowField(window, toServerShift(v))
 		e.out.segment(&packet.Segment{
-			Src: k.Dst, Dst: k.Src, Seq: v.SndNxt, Ack: v.RcvNxt, Flags: packet.ACK,
-			Window: splice.WindowField(window, toServerShift(v)), TTL: 64,
+			Src: k.Dst, Dst: k.Src, Seq: v.SndNxt, Ack: v.RcvNxt, Flags: packet.ACK, Window: field, TTL: 64,
 		}, nil)
-		v.RcvAcked = v.RcvNxt
+		offer(v, v.RcvNxt, field)
 		return
 	}
 	e.sendServer(s, v, packet.ACK, v.SndNxt, nil, c)
@@ -797,7 +820,7 @@ func (e *Engine) gapServer(s splice.Ref, v *splice.Server, newest packet.Seq) {
 		c := e.clients.At(v.Cli)
 		a, window = e.ackForServer(c, v), e.windowForServer(c, v)
 	}
-	v.RcvAcked = packet.MaxSeq(v.RcvAcked, a)
+	offer(v, a, window)
 	k := e.servers.Key(s)
 	e.out.segment(&packet.Segment{
 		Src: k.Dst, Dst: k.Src, Seq: v.SndNxt, Ack: a, Flags: packet.ACK, Window: window, TTL: 64,
@@ -806,12 +829,9 @@ func (e *Engine) gapServer(s splice.Ref, v *splice.Server, newest packet.Seq) {
 }
 
 func (e *Engine) challengeServer(s splice.Ref, v *splice.Server) {
-	if e.now-v.LastACK < challengeEvery && v.LastACK != 0 {
-		return
+	if e.mayAnswer(v) {
+		e.ackServer(s, v)
 	}
-	v.LastACK = e.now
-	e.Count.add(ReasonChallengeACK)
-	e.ackServer(s, v)
 }
 
 // owe notes that a server connection needs an ACK which may ride on the next

@@ -394,7 +394,7 @@ func (e *Engine) forwardToServer(r splice.Ref, c *splice.Client, s splice.Ref, v
 	if n := p.PayloadLen(); n > 0 {
 		e.sent(v, w.Seq.Add(packet.Size(n)))
 	}
-	v.RcvAcked = packet.MaxSeq(v.RcvAcked, w.Ack)
+	offer(v, w.Ack, w.Window)
 	ev.Mark = c.Mark
 	e.rewrite(p, ev, &w, dirty, v.MSS)
 	if e.owed == s {
@@ -646,14 +646,16 @@ func (e *Engine) serverActive(s splice.Ref, v *splice.Server, p *packet.TCP, ev 
 		v.RespEnd, v.RcvNxt = end, end
 	}
 	if v.Flags&splice.ServerRespEnd != 0 && v.RespEnd.Less(end) {
-		// More than the response: never passed on (HAProxy #176).
+		// More than the response: never passed on (HAProxy #176). A bare ACK
+		// may stand behind bytes or a FIN that are lost and will come again.
 		e.noReuse(v, ReasonExtraBytes)
-		c.Flags |= splice.ClientWantClose
-		if v.RespEnd.LessEq(seq) && n > 0 {
-			e.Count.add(ReasonExtraBytes)
-			return
+		if n > 0 {
+			c.Flags |= splice.ClientWantClose
+			if v.RespEnd.LessEq(seq) {
+				e.Count.add(ReasonExtraBytes)
+				return
+			}
 		}
-		// A bare ACK may stand behind the server's FIN.
 		seq = packet.MinSeq(seq, v.RespEnd)
 		n = int(seq.To(v.RespEnd))
 		end = v.RespEnd

@@ -219,6 +219,9 @@ type Limits struct {
 	ChunkExt uint16 // the extensions of one chunk line, bytes
 	Trailers uint32 // the trailer section, bytes
 	BodyRate int64  // least pace of a request's body, bytes per second; 0 is no limit
+	// Connections of clients at once, over all shards, 0 is no limit: in total,
+	// and of one client, which is an IPv4 address or an IPv6 /64.
+	Connections, PerClient int32
 }
 
 // RouteSafety says what happens to a request whose path a server may read as

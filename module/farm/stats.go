@@ -9,7 +9,7 @@ import (
 )
 
 // FarmStats counts what happened in a farm since it came into being. All
-// fields but Waiting only grow. Every shard adds, anybody reads; two counters
+// fields but Waiting and Clients only grow. Every shard adds, anybody reads; two counters
 // read one after the other need not be of one moment.
 type FarmStats struct {
 	ClientConnections atomic.Uint64 // accepted
@@ -26,6 +26,9 @@ type FarmStats struct {
 	BytesOut          atomic.Uint64 // payload from servers to clients
 
 	Waiting atomic.Int32 // requests that wait now, over all shards
+	Clients atomic.Int32 // client connections with a record now, over all shards
+
+	ConnectionsRefused [RefuseKinds]atomic.Uint64 // new client connections, by limit
 
 	ClientRoundTrip Histogram     // as handshakes show it
 	Retransmitted   atomic.Uint64 // segments that clients sent again
@@ -75,6 +78,25 @@ type ServerStats struct {
 	// no connection to give back; another one that has an idle connection
 	// closes it and clears the flag.
 	Wanted atomic.Bool
+}
+
+// RefuseKind says which limit a new client connection met.
+type RefuseKind uint8
+
+const (
+	RefuseTotal  RefuseKind = iota // limits.connections
+	RefuseClient                   // limits.per_client
+	RefuseKinds  = iota
+)
+
+var refuseNames = [RefuseKinds]string{"connections", "per_client"}
+
+// String returns the word for metrics.
+func (k RefuseKind) String() string {
+	if int(k) < len(refuseNames) {
+		return refuseNames[k]
+	}
+	return "unknown"
 }
 
 // CloseKind says why a server connection ended without a failure.

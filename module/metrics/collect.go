@@ -254,6 +254,11 @@ func (x scrape) farm(f *farm.Farm) {
 	}
 	x.count(farmRefused, st.WaitRefused.Load(), f.Name, "max_waiting")
 	x.count(farmRefused, st.WaitTimedOut.Load(), f.Name, "wait_timeout")
+	x.set(farmClients, float64(st.Clients.Load()), f.Name)
+	x.set(farmMaxClients, float64(f.Limits.Connections), f.Name)
+	for k := range st.ConnectionsRefused {
+		x.count(farmNotAdmitted, st.ConnectionsRefused[k].Load(), f.Name, farm.RefuseKind(k).String())
+	}
 	x.set(farmWaiting, float64(st.Waiting.Load()), f.Name)
 	x.set(farmMaxWaiting, float64(f.Pool.MaxWaiting), f.Name)
 	x.set(farmMaxConns, float64(f.Pool.MaxConnections), f.Name)

@@ -8,7 +8,7 @@ import (
 )
 
 // RecordVersion changes whenever the layout of a record changes.
-const RecordVersion = 3
+const RecordVersion = 4
 
 // Ref names a record of a flow table; 0 is none.
 type Ref uint32
@@ -71,6 +71,7 @@ const (
 	ClientUpgrade                             // the request asks for another protocol: a 101 is an answer to it
 	ClientExpect                              // the body waits for 100 (Continue)
 	ClientFINPassed                           // the client's FIN was passed on through a tunnel; its number is CliFIN
+	ClientCounted                             // the engine's census holds it
 )
 
 // Client is the record of one client connection: flat, fixed size, without
@@ -160,6 +161,7 @@ type Server struct {
 	RcvNxt   packet.Seq // end of what was seen in order
 	RcvHigh  packet.Seq // end of the highest byte that was seen
 	RcvAcked packet.Seq // highest acknowledgment sent to the server
+	RcvEdge  packet.Seq // right edge of the largest window that the server was given
 	SndBase  packet.Seq // present epoch: first byte of the request
 	RcvBase  packet.Seq // present epoch: first byte of the response
 	ReqEnd   packet.Seq // end of the request (ServerReqEnd)
