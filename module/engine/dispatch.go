@@ -70,6 +70,7 @@ func (e *Engine) request(r splice.Ref, c *splice.Client, d *side, p *packet.TCP,
 	}
 	c.State = splice.ClientBinding
 	c.Due = c.Started + holdWait
+	c.Started = e.now
 	if c.Flags&splice.ClientFINSeen != 0 && (c.Flags&splice.ClientReqEndKnown == 0 || c.CliFIN.Less(c.ReqEnd)) {
 		// It was pipelined, and the client's FIN stands inside it: it can
 		// never be completed.
@@ -334,6 +335,7 @@ func (e *Engine) bind(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Se
 	v.Flags &^= splice.ServerBudgeted | splice.ServerReserved
 	if sv := e.db.Server(v.ID); sv != nil {
 		sv.Stats.Requests.Add(1)
+		sv.Farm.Stats.Dispatch.Add(e.now - c.Started)
 		if sv.Farm.Selector.Load().Budgeted(int(sv.Index)) {
 			v.Flags |= splice.ServerBudgeted
 		}

@@ -129,12 +129,13 @@ func (e *Engine) seen(v *splice.Server, seq, end packet.Seq) {
 
 // headSeen counts a response head: how long it took, and whether the server
 // says that it failed.
-func (e *Engine) headSeen(v *splice.Server) {
+func (e *Engine) headSeen(c *splice.Client, v *splice.Server) {
 	sv := e.db.Server(v.ID)
 	if sv == nil {
 		return
 	}
 	sv.Stats.FirstByte.Add(e.now - v.Bound)
+	sv.Stats.Latency.Add(e.now - c.Started)
 	if v.Resp.Status >= 500 {
 		sv.Stats.ServerErrors.Add(1)
 	}

@@ -299,7 +299,11 @@ func TestTelemetryCounters(t *testing.T) {
 	g := newRig(t, oneServer, keepIdle)
 	g.iss = []packet.Seq{1999}
 	seq, a := g.open(c1, 100, 9000)
-	g.client(c1, seg{fl: ack | psh, seq: seq, ack: a, data: get("/a", 50)})
+	// A slow head is not the server's doing.
+	req := get("/a", 50)
+	g.client(c1, seg{fl: ack | psh, seq: seq, ack: a, data: req[:20]})
+	g.now += 7 * millisecond
+	g.client(c1, seg{fl: ack | psh, seq: seq + 20, ack: a, data: req[20:]})
 	g.now += 3 * millisecond
 	g.server(s1, 10240, seg{fl: syn | ack, seq: 499, ack: 2000, opts: sackPermitted})
 	g.now += 20 * millisecond
@@ -313,6 +317,12 @@ func TestTelemetryCounters(t *testing.T) {
 	}
 	if n := (*st).FirstByte.Sum.Load(); n != uint64(20*millisecond) {
 		t.Errorf("time to the first byte %d", n)
+	}
+	if n := (*st).Latency.Sum.Load(); n != uint64(23*millisecond) {
+		t.Errorf("latency %d, want it from the end of the request's head on", n)
+	}
+	if n := f.Stats.Dispatch.Sum.Load(); n != uint64(3*millisecond) {
+		t.Errorf("dispatched after %d", n)
 	}
 	if (*st).ServerErrors.Load() != 1 || (*st).Retransmitted.Load() != 1 {
 		t.Errorf("%d errors, %d retransmissions", (*st).ServerErrors.Load(), (*st).Retransmitted.Load())

@@ -85,7 +85,7 @@ func (e *Engine) responseHead(c *splice.Client, v *splice.Server) {
 	}
 	v.Flags |= splice.ServerHeadDone
 	v.Body.Start(h.Body, h.Length)
-	e.headSeen(v)
+	e.headSeen(c, v)
 	e.reserve(v)
 	if v.Flags&splice.ServerEarly != 0 {
 		e.noReuse(v, ReasonEarlyResponse)

@@ -30,6 +30,7 @@ type FarmStats struct {
 
 	ConnectionsRefused [RefuseKinds]atomic.Uint64 // new client connections, by limit
 
+	Dispatch        Histogram     // from the end of a request's head until it got a server connection
 	ClientRoundTrip Histogram     // as handshakes show it
 	Retransmitted   atomic.Uint64 // segments that clients sent again
 	Live            snapshot.FarmLive
@@ -64,7 +65,8 @@ type ServerStats struct {
 
 	ServerErrors         atomic.Uint64 // response heads with a status of 500 to 599
 	ConnectTime          Histogram     // of the handshakes that were completed
-	FirstByte            Histogram     // from a request's first byte until its response's head
+	FirstByte            Histogram     // from the binding of a request until its response's head: the server's own part
+	Latency              Histogram     // from the end of a request's head until its response's head
 	Retransmitted        atomic.Uint64 // segments that the server sent again
 	RequestRetransmitted atomic.Uint64 // segments of requests that were sent to it again
 

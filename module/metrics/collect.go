@@ -248,6 +248,7 @@ func (x scrape) farm(f *farm.Farm) {
 	} {
 		x.count(c.f, c.n, f.Name)
 	}
+	x.times(farmDispatch, &st.Dispatch, f.Name)
 	x.times(farmRoundTrip, &st.ClientRoundTrip, f.Name)
 	for i, p := range f.PolicyStats {
 		x.policy(f.Name, f.Policies[i].Name, p)
@@ -298,7 +299,7 @@ func (x scrape) server(fname string, s *farm.Server) {
 		x.set(c.f, c.v, fname, s.Name)
 	}
 	x.times(serverConnect, &st.ConnectTime, fname, s.Name)
-	x.times(serverFirstByte, &st.FirstByte, fname, s.Name)
+	x.times(serverFirstByte, &st.Latency, fname, s.Name)
 	for k := range st.Closed {
 		x.count(serverClosed, st.Closed[k].Load(), fname, s.Name, farm.CloseKind(k).String())
 	}

@@ -140,8 +140,9 @@ var (
 // Times, in histograms.
 var (
 	farmRoundTrip   = histogram("farm_client_round_trip_seconds", "Round-trip time to clients, as their handshakes show it.", labelFarm)
+	farmDispatch    = histogram("farm_dispatch_seconds", "From the end of a request's head until it was on its way to a server: what choosing, waiting and connecting add.", labelFarm)
 	serverConnect   = histogram("server_connect_seconds", "How long handshakes with the server took.", labelFarm, labelServer)
-	serverFirstByte = histogram("server_first_byte_seconds", "From the first byte of a request until the head of its response.", labelFarm, labelServer)
+	serverFirstByte = histogram("server_first_byte_seconds", "From the end of a request's head until the head of its response.", labelFarm, labelServer)
 	queueBatchTime  = histogram("queue_batch_seconds", "From the arrival of a batch of packets until their verdicts: what Weir adds to their way.", labelQueue)
 )
 

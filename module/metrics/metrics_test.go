@@ -46,8 +46,8 @@ func source(t *testing.T) Source {
 		t.Fatal(err)
 	}
 	db.Farms[0].Servers[0].Stats.Failed[farm.FailReset].Add(3)
-	db.Farms[0].Servers[0].Stats.FirstByte.Add(40_000)
-	db.Farms[0].Servers[0].Stats.FirstByte.Add(1e12)
+	db.Farms[0].Servers[0].Stats.Latency.Add(40_000)
+	db.Farms[0].Servers[0].Stats.Latency.Add(1e12)
 	// The same name with another address: the old one drains.
 	spec.Farms[0].Servers[1].Endpoint = netip.MustParseAddrPort("198.51.100.13:80")
 	db.Farms[0].Servers[1].Stats.Open.Add(5)

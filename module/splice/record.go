@@ -112,7 +112,7 @@ type Client struct {
 	AnswerSeq packet.Seq // first byte of our own answer
 	PaceSeq   packet.Seq // RcvNxt when the pace of the request's body was looked at last
 	Pace      int64      // when that was, 0 = the body has no pace to keep
-	Started   int64      // present request's first byte, or the moment of idleness
+	Started   int64      // present request's first byte, from the end of its head on that moment, or that of idleness
 	Last      int64      // last packet of either side
 	Due       int64      // when something must happen, 0 = nothing special
 	CloseBy   int64      // closing or lingering ends
