@@ -91,6 +91,7 @@ type Module struct {
 	handshake *engine.Handshake
 	shards    []*shard
 	journal   *nft.Journal
+	needs     []nft.Sysctl // that the journal's changes meet
 	access    *accesslog.Log
 
 	calls   chan func()     // for the thread of Run, see onThread
@@ -255,7 +256,8 @@ func (m *Module) Run(ctx context.Context) (err error) {
 	if err := m.watchRules(&give); err != nil {
 		return err
 	}
-	if m.journal, err = nft.ApplySysctls(m.config().RuntimeDir, nft.Needs(params, ifaces...)); err != nil {
+	m.needs = nft.Needs(params, ifaces...)
+	if m.journal, err = nft.ApplySysctls(m.config().RuntimeDir, m.needs); err != nil {
 		return err
 	}
 	give.add(func() error { return m.journal.Restore() })
@@ -278,7 +280,7 @@ func (m *Module) Run(ctx context.Context) (err error) {
 	})
 	var operating context.CancelFunc
 	m.life, operating = context.WithCancel(ctx)
-	for _, f := range []func(context.Context){m.watch, m.drainLoop, m.observe} {
+	for _, f := range []func(context.Context){m.watch, m.drainLoop, m.observe, m.keepSysctls} {
 		threads.Go(func() { f(m.life) })
 	}
 	give.add(func() error {

@@ -305,11 +305,12 @@ func (m *Module) changeRules(params *nft.Params) error {
 	if err := m.firewall.Update(*params); err != nil {
 		return err
 	}
-	journal, err := nft.ApplySysctls(dir, nft.Needs(*params, ifaces...))
+	needs := nft.Needs(*params, ifaces...)
+	journal, err := nft.ApplySysctls(dir, needs)
 	if err != nil {
 		return errors.Join(err, m.firewall.Update(before))
 	}
-	m.journal = journal
+	m.journal, m.needs = journal, needs
 	return nil
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/weirgate/weir/module/config"
@@ -22,6 +23,7 @@ const (
 	EventRulesLost      = "rules-lost"      // and it could not be put back yet
 	EventRulesUnguarded = "rules-unguarded" // such a gap would end connections
 	EventForeignRules   = "foreign-rules"   // rules of others stand in our way
+	EventSysctlsReset   = "sysctls-reset"   // somebody undid a sysctl that we need
 )
 
 // ownership is the kernel as the configuration wants it used.
@@ -55,6 +57,45 @@ func (m *Module) watchRules(give *undo) error {
 		return w.Close()
 	})
 	return nil
+}
+
+// lookAtSysctls is how often it is made sure that the sysctls still say what
+// they have to. The kernel tells of few of them.
+const lookAtSysctls = time.Second
+
+// keepSysctls sets again what somebody has undone: another instance on this
+// host that restored at its end what it had found at its start, or a program
+// that loads a file of sysctls. What stands there now is what the end restores.
+func (m *Module) keepSysctls(ctx context.Context) {
+	t := time.NewTicker(lookAtSysctls)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		m.op.Lock()
+		params := m.op.params
+		err := m.onThread(ctx, func() error {
+			names := nft.Unmet(m.needs)
+			if len(names) == 0 {
+				return nil
+			}
+			e := control.Event{Name: EventSysctlsReset, Level: control.LevelWarn, Text: fmt.Sprintf(
+				"somebody has set %s, which is set again as needed", strings.Join(names, ", "))}
+			err := m.changeRules(&params)
+			if err != nil {
+				e.Level, e.Text = control.LevelError, fmt.Sprintf("somebody has set %s, which cannot be set again: %v", strings.Join(names, ", "), err)
+			}
+			m.event(e)
+			return err
+		})
+		if err == nil {
+			m.op.params = params
+		}
+		m.op.Unlock()
+	}
 }
 
 // finishLocal makes the checksum of a rewritten super-packet to an address of

@@ -410,10 +410,28 @@ func (f *finder) late() {
 		if !hooks[c.hook] || c.priority < prioritySYN || c.kind == "nat" || c.family != unix.NFPROTO_INET && c.family != unix.NFPROTO_IPV4 && c.family != unix.NFPROTO_IPV6 {
 			continue
 		}
+		if f.sibling(c) {
+			continue
+		}
 		if o, ok := f.anyDrop(c, map[*theirChain]bool{}); ok {
 			f.report(TooLate, c, o, nil)
 		}
 	}
+}
+
+// sibling says whether a chain is the local_guard of another instance on this
+// host. It stands behind our SYN chains by right: it drops what goes to that
+// instance's own ports.
+func (f *finder) sibling(c *theirChain) bool {
+	if c.name != "local_guard" {
+		return false
+	}
+	for _, name := range []string{"antispoof", "divert", "divert_icmp", "untrack", "syn_local", "syn_routed"} {
+		if f.tables.chains[objectKey{c.family, c.table, name}] == nil {
+			return false
+		}
+	}
+	return true
 }
 
 // anyDrop finds a verdict that refuses, wherever it stands.

@@ -155,16 +155,58 @@ func applySysctls(sys procSys, runtimeDir string, need []Sysctl) (*Journal, erro
 	return j, nil
 }
 
+// Unmet names, in sysctl(8)'s form, those of the needs that the kernel does not
+// meet now, in the network namespace of the calling thread: somebody has set a
+// value anew since ApplySysctls. What cannot be read, such as the value of an
+// interface that is gone, is met.
+func Unmet(need []Sysctl) []string { return unmet(hostSysctls, need) }
+
+func unmet(sys procSys, need []Sysctl) []string {
+	var out []string
+	for _, n := range need {
+		now, err := sys.read(n.name())
+		if err != nil {
+			continue
+		}
+		if want, err := n.want(sys, now); err == nil && want != now {
+			out = append(out, dotted(n.name()))
+		}
+	}
+	return out
+}
+
 // original is the value that stood before we came. When the sysctl still has
 // the value that a predecessor gave it, that is what the predecessor found;
 // otherwise somebody has set it since, and means it.
 func (j *Journal) original(name, now string) string {
 	for i := range j.data.Changes {
-		if c := &j.data.Changes[i]; c.Name == name && c.ours(now) {
+		c := &j.data.Changes[i]
+		if c.Name != name {
+			continue
+		}
+		if c.ours(now) {
 			return c.Old
+		}
+		if name == dotted(sysctlReserved) {
+			// Others add to this list and take from it: another instance, too.
+			if rest, err := c.without(now); err == nil {
+				return rest
+			}
 		}
 	}
 	return now
+}
+
+// without takes what the change added out of a list of ports.
+func (c *Change) without(now string) (string, error) {
+	sets := make([]portSet, 3)
+	for i, s := range []string{now, c.New, c.Old} {
+		var err error
+		if sets[i], err = parsePorts(s); err != nil {
+			return "", fmt.Errorf("nft: sysctl %s: %w", c.Name, err)
+		}
+	}
+	return sets[0].minus(sets[1].minus(sets[2])).String(), nil
 }
 
 // StrictInterfaces gives those of the interfaces whose reverse path filter is
@@ -231,16 +273,9 @@ func (j *Journal) Restore() error {
 }
 
 func (j *Journal) unreserve(c Change, now string) error {
-	sets := make([]portSet, 3)
-	for i, s := range []string{now, c.New, c.Old} {
-		var err error
-		if sets[i], err = parsePorts(s); err != nil {
-			return fmt.Errorf("nft: sysctl %s: %w", c.Name, err)
-		}
-	}
-	rest := sets[0].minus(sets[1].minus(sets[2])).String()
-	if rest == now {
-		return nil
+	rest, err := c.without(now)
+	if err != nil || rest == now {
+		return err
 	}
 	return j.sys.write(c.Name, rest)
 }

@@ -88,6 +88,84 @@ func TestSysctls(t *testing.T) {
 	}
 }
 
+// TestUnmet: what somebody sets anew is noticed, and a second apply takes it
+// for the value to restore.
+func TestUnmet(t *testing.T) {
+	sys, dir := fakeSys(t, router()), t.TempDir()
+	if _, err := applySysctls(sys, dir, needs()); err != nil {
+		t.Fatal(err)
+	}
+	if got := unmet(sys, needs()); len(got) != 0 {
+		t.Fatalf("unmet after an apply: %q", got)
+	}
+	// As another instance does at its end, and sysctl --system.
+	for name, value := range map[string]string{accept: "0", filter: "1", reserved: "9090"} {
+		if err := sys.write(name, value); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := unmet(sys, needs()); len(got) != 3 {
+		t.Fatalf("unmet: %q, want three", got)
+	}
+	if strict, err := strictInterfaces(sys, dir, []string{"eth0", "eth0.100"}); err != nil || !slices.Equal(strict, []string{"eth0"}) {
+		t.Fatalf("strict: %v, %v", strict, err)
+	}
+	j, err := applySysctls(sys, dir, needs())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := unmet(sys, needs()); len(got) != 0 {
+		t.Fatalf("unmet after the second apply: %q", got)
+	}
+	if err := j.Restore(); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := sys.all(t, accept, filter, reserved), "0 | 1 | 9090"; got != want {
+		t.Fatalf("after Restore %s, want %s", got, want)
+	}
+}
+
+// TestTwoJournals: two instances add their ports to the same list and take
+// them away in any order, with a second apply between.
+func TestTwoJournals(t *testing.T) {
+	for _, again := range []bool{false, true} {
+		sys := fakeSys(t, router())
+		before := sys.all(t, accept, filter, reserved)
+		need := func(first uint16) []Sysctl {
+			p := fixed(1)
+			p.PortFirst, p.PortLast = first, first+999
+			return Needs(p, "eth0")
+		}
+		dirs := []string{t.TempDir(), t.TempDir()}
+		var js []*Journal
+		for i, dir := range dirs {
+			j, err := applySysctls(sys, dir, need(uint16(5000+5000*i)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			js = append(js, j)
+		}
+		if err := js[0].Restore(); err != nil {
+			t.Fatal(err)
+		}
+		if again {
+			var err error
+			if js[1], err = applySysctls(sys, dirs[1], need(10000)); err != nil {
+				t.Fatal(err)
+			}
+			if got := unmet(sys, need(10000)); len(got) != 0 {
+				t.Errorf("unmet: %q", got)
+			}
+		}
+		if err := js[1].Restore(); err != nil {
+			t.Fatal(err)
+		}
+		if got := sys.all(t, accept, filter, reserved); got != before {
+			t.Errorf("again %v: in the end %s, want %s", again, got, before)
+		}
+	}
+}
+
 func TestEffectiveValues(t *testing.T) {
 	for _, c := range []struct{ all, iface, want string }{
 		{"0", "0", "0"}, {"0", "1", "2"}, {"0", "2", "2"},

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package citizen
+
+import (
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/weirgate/weir/integration/lab"
+)
+
+// second is the configuration of another instance on the same router: another
+// VIP, table, mark, queues, ports and directory.
+func (r *rig) second(change func(string) string) lab.WeirOptions {
+	r.t.Helper()
+	dir, err := r.Lab.Subdir("weir2")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	run, err := r.Lab.Subdir("weir2/run")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	socket := filepath.Join(run, "admin.sock")
+	config := fmt.Sprintf(`runtime_dir: %q
+stop_timeout: 2s
+source: {addresses: [198.51.100.1], ports: 5000-9999}
+queue: {first: 30000}
+firewall: {table: weir2, mark: 0x58000000/0xff000000}
+admin: {socket: %q, metrics: 127.0.0.1:9465}
+farms:
+  - name: web
+    listen: 203.0.113.11:80
+    servers: [{name: s1, address: %q}]
+`, run, socket, r.Server(1))
+	if change != nil {
+		config = change(config)
+	}
+	return lab.WeirOptions{Binary: r.bin, Dir: dir, Socket: socket, Config: config}
+}
+
+// TestTwoInstances: two instances serve side by side, and one goes on when the
+// other ends, in whichever order they came.
+func TestTwoInstances(t *testing.T) {
+	for _, first := range []bool{true, false} {
+		t.Run(map[bool]string{true: "first ends", false: "second ends"}[first], func(t *testing.T) {
+			r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2, NoIPv6: true})
+			r.serve(func(i int) []netip.AddrPort { return []netip.AddrPort{r.Server(i)} })
+			if err := r.Router.AddAddr("lo", netip.MustParsePrefix("203.0.113.11/32")); err != nil {
+				t.Fatal(err)
+			}
+			vips := []netip.AddrPort{r.VIP(), netip.MustParseAddrPort("203.0.113.11:80")}
+			before, err := r.Router.Snapshot()
+			if err != nil {
+				t.Fatal(err)
+			}
+			one := r.start()
+			two, err := lab.StartWeir(within(t, 20*time.Second), r.Router, r.second(nil))
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.mustLoad(500, vips...)
+			ends, stays, vip := one, two, vips[1]
+			if !first {
+				ends, stays, vip = two, one, vips[0]
+			}
+			r.stop(ends)
+			log := stays.Log
+			r.mustLoad(200, vip)
+			for _, w := range []string{"foreign-rules", "level=ERROR"} {
+				if strings.Contains(log(), w) {
+					t.Errorf("the one that stays says: %s", log())
+				}
+			}
+			r.stop(stays)
+			after, err := r.Router.Snapshot()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, d := range before.Diff(after) {
+				t.Errorf("after both have ended: %.200s", d)
+			}
+		})
+	}
+}
+
+// TestInstancesRefused: an instance that would get into another's way says so
+// and changes nothing.
+func TestInstancesRefused(t *testing.T) {
+	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2, NoIPv6: true})
+	r.serve(func(i int) []netip.AddrPort { return []netip.AddrPort{r.Server(i)} })
+	w := r.start()
+	for _, c := range []struct{ what, from, to, want string }{
+		{"the queues", "first: 30000", "first: 22272", "queue 22272"},
+		{"the table", "table: weir2", "table: weir", "owned by another process"},
+		{"the directory", "runtime_dir: \"" + r.Lab.Dir() + "/weir2/run\"", "runtime_dir: \"" + r.run + "\"", "another instance"},
+	} {
+		o := r.second(func(s string) string { return strings.ReplaceAll(s, c.from, c.to) })
+		two, err := lab.StartWeir(within(t, 20*time.Second), r.Router, o)
+		if err == nil {
+			t.Errorf("%s: a second instance starts", c.what)
+			r.stop(two)
+		} else if !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, want an error with %q", c.what, err, c.want)
+		}
+		r.mustLoad(50, r.VIP())
+	}
+	r.stop(w)
+}
