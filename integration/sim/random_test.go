@@ -28,6 +28,8 @@ func (a *tally) add(r *Result) {
 	a.Requests += r.Requests
 	a.Owned += r.Owned
 	a.Excused += r.Excused
+	a.Opened += r.Opened
+	a.Reused += r.Reused
 	a.Packets += r.Packets
 	a.Steps += r.Steps
 	a.Time += r.Time
