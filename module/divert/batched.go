@@ -4,13 +4,11 @@ package divert
 
 import (
 	"errors"
-	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
 	"unsafe"
 
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -66,6 +64,8 @@ type batched struct {
 	lastID  uint32   // newest packet received
 	started bool     // a packet has been received
 	owed    bool     // packets up to lastID may be stuck in the kernel (see sweep)
+	resume  bool     // the socket was taken over: see takeOver
+	stale   uint32   // packets up to this one were queued again; 0: none were
 
 	rx    []unix.Mmsghdr // one per slot
 	rxIov []unix.Iovec
@@ -89,7 +89,11 @@ func OpenBatched(cfg Config) (Queue, error) {
 		return nil, err
 	}
 	q := &batched{cfg: cfg, fd: -1, wakeFD: -1}
-	if err := q.start(); err != nil {
+	start := q.start
+	if cfg.FD != 0 {
+		start = q.adopt
+	}
+	if err := start(); err != nil {
 		if q.fd >= 0 {
 			_ = unix.Close(q.fd)
 		}
@@ -104,72 +108,24 @@ func OpenBatched(cfg Config) (Queue, error) {
 
 // start makes the socket, the buffers and the binding.
 func (q *batched) start() error {
-	number := q.cfg.Queue
 	var err error
-	q.fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_NETFILTER)
-	if err != nil {
-		return openError(number, "open a netlink socket", err)
-	}
-	q.wakeFD, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-	if err != nil {
-		return openError(number, "make an eventfd", err)
-	}
-	if err := unix.Bind(q.fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return openError(number, "bind the netlink socket", err)
-	}
-	name, err := unix.Getsockname(q.fd)
-	if err != nil {
-		return openError(number, "read the netlink socket's name", err)
-	}
-	port, ok := name.(*unix.SockaddrNetlink)
-	if !ok {
-		return openError(number, "read the netlink socket's name", fmt.Errorf("unexpected type %T", name))
-	}
-	con := netlink.NewConn(&configSocket{fd: q.fd}, port.Pid)
-	if err := probe(con, number); err != nil {
+	if q.fd, err = Bind(q.cfg); err != nil {
 		return err
 	}
-	if err := q.options(); err != nil {
-		return openError(number, "set socket options", err)
-	}
-	q.buffers()
-
-	gate, err := ackGate()
-	if err != nil {
-		return openError(number, "assemble the socket filter", err)
-	}
-	filter := make([]unix.SockFilter, len(gate))
-	for i, g := range gate {
-		filter[i] = unix.SockFilter{Code: g.Op, Jt: g.Jt, Jf: g.Jf, K: g.K}
-	}
-	prog := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
-	if err := unix.SetsockoptSockFprog(q.fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &prog); err != nil {
-		return openError(number, "attach the socket filter", err)
-	}
-	bind, err := bindMessage(q.cfg)
-	if err == nil {
-		_, err = con.Execute(bind)
-	}
-	if err != nil {
-		return bindError(number, err)
-	}
-	if err := unix.SetsockoptInt(q.fd, unix.SOL_SOCKET, unix.SO_DETACH_FILTER, 0); err != nil {
-		return openError(number, "detach the socket filter", err)
-	}
-	return nil
+	return q.buffers()
 }
 
-// options prepares the socket. For the reasons see plain.start.
-func (q *batched) options() error {
+// setOptions prepares the socket. For the reasons see plain.start.
+func setOptions(fd int, cfg *Config) error {
 	for _, o := range []int{unix.NETLINK_NO_ENOBUFS, unix.NETLINK_CAP_ACK} {
-		if err := unix.SetsockoptInt(q.fd, unix.SOL_NETLINK, o, 1); err != nil {
+		if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, o, 1); err != nil {
 			return err
 		}
 	}
-	if err := setBuffer(q.fd, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF, q.cfg.BufferBytes); err != nil {
+	if err := setBuffer(fd, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF, cfg.BufferBytes); err != nil {
 		return err
 	}
-	return setBuffer(q.fd, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF, sendBuffer)
+	return setBuffer(fd, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF, sendBuffer)
 }
 
 // setBuffer sets a socket's buffer beyond the system's limit where the process
@@ -182,8 +138,12 @@ func setBuffer(fd, force, ordinary, size int) error {
 	return err
 }
 
-// buffers makes the slots and the tables that point into them.
-func (q *batched) buffers() {
+// buffers makes the eventfd, the slots and the tables that point into them.
+func (q *batched) buffers() error {
+	var err error
+	if q.wakeFD, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return openError(q.cfg.Queue, "make an eventfd", err)
+	}
 	n := q.cfg.Batch
 	q.slotLen = slotLead + slotMeta + int(q.cfg.CopyRange) + slotTail
 	q.slotLen += -q.slotLen & 63
@@ -207,6 +167,7 @@ func (q *batched) buffers() {
 	q.sweepTX[0].Hdr.SetIovlen(1)
 	q.polls[0] = unix.PollFd{Fd: int32(q.fd), Events: unix.POLLIN}
 	q.polls[1] = unix.PollFd{Fd: int32(q.wakeFD), Events: unix.POLLIN}
+	return nil
 }
 
 func (q *batched) slot(i int32) []byte {
@@ -224,6 +185,9 @@ func (q *batched) Receive(batch []Packet, timeout time.Duration) (int, error) {
 func (q *batched) receive(batch []Packet, timeout time.Duration) (int, error) {
 	if q.closed.Load() {
 		return 0, ErrClosed
+	}
+	if q.resume {
+		q.takeOver()
 	}
 	if q.open > 0 {
 		// Their slots are needed; a packet that nobody answered is dropped.
@@ -352,6 +316,12 @@ func (q *batched) parse(i int32, n int, cut bool, p *Packet) bool {
 			q.owed = true
 		}
 		return false
+	}
+	if q.stale != 0 {
+		if int32(m.id-q.stale) <= 0 {
+			return false // it comes again under another number
+		}
+		q.stale = 0
 	}
 	if !q.started {
 		q.started = true

@@ -22,6 +22,10 @@
 // go-nfqueue, easy to read and the reference in tests, and [OpenBatched], which
 // reads and answers many packets per system call and allocates nothing.
 //
+// A queue's socket can outlive the process that reads it: [Bind] makes one that
+// somebody else holds open too, and Config.FD hands it to a successor, which
+// has the kernel queue again whatever its predecessor left without an answer.
+//
 // The package never parses beyond the IP version and the addresses, keeps no
 // state about flows, installs no rules, and never fails open: a packet that
 // nobody answers is dropped by the kernel when its queue closes, and a verdict
@@ -142,6 +146,11 @@ type Config struct {
 	// Spin is how many times the batched queue looks for packets before it goes
 	// to sleep. Default DefaultSpin; negative: never look twice.
 	Spin int
+	// FD is a socket of Bind for this queue, mostly inherited from a process
+	// that was killed. What waits in the kernel without an answer comes anew
+	// with the first Receive. 0 stands for none. OpenBatched owns it from the
+	// call on, even if it fails; OpenPlain refuses it.
+	FD int
 }
 
 // Defaults of a Config.
@@ -222,6 +231,7 @@ type Stats struct {
 	Rewritten uint64 // verdicts Rewritten
 
 	Refused    uint64 // Rewritten turned into Drop: truncated, empty or longer than MaxPacket
+	Requeued   uint64 // packets that waited when a bound socket was taken over, and were queued again
 	Unanswered uint64 // packets dropped because no Send answered them before the next Receive
 	Malformed  uint64 // messages of the kernel that could not be read
 

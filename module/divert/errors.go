@@ -16,6 +16,9 @@ var (
 	ErrQueueInUse = errors.New("in use by another program")
 	// ErrPermission means that the process lacks a capability.
 	ErrPermission = errors.New("permission denied, CAP_NET_ADMIN and CAP_NET_RAW are needed")
+	// ErrNotHeld means that a socket that was handed over does not hold the
+	// queue.
+	ErrNotHeld = errors.New("the socket that was handed over does not hold it")
 	// ErrUnsupported means that the kernel lacks a feature.
 	ErrUnsupported = errors.New("not supported by this kernel")
 )
@@ -25,7 +28,7 @@ var (
 type QueueError struct {
 	Queue  uint16
 	Op     string // what was tried
-	Reason error  // ErrQueueInUse, ErrPermission, ErrUnsupported or nil
+	Reason error  // ErrQueueInUse, ErrNotHeld, ErrPermission, ErrUnsupported or nil
 	Err    error  // the error underneath
 }
 

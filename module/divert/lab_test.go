@@ -29,7 +29,12 @@ import (
 	"github.com/weirgate/weir/module/divert"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv(victimEnv) != "" {
+		victim()
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // backends are the two queues, which must behave alike.
 var backends = []struct {

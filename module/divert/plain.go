@@ -38,12 +38,19 @@ type plain struct {
 	closeError error
 }
 
+var errPlain = errors.New("the plain queue opens its own socket")
+
 // OpenPlain opens a queue over go-nfqueue, without batching. It serves as the
-// reference for OpenBatched, which is several times as fast.
+// reference for OpenBatched, which is several times as fast. It cannot take over
+// a socket: the library opens its own and binds it, which the kernel refuses for
+// one that is bound.
 func OpenPlain(cfg Config) (Queue, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
 		return nil, err
+	}
+	if cfg.FD != 0 {
+		return nil, &QueueError{Queue: cfg.Queue, Op: "take over a socket", Reason: ErrUnsupported, Err: errPlain}
 	}
 	var flags uint32
 	if cfg.GSO {

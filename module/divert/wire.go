@@ -49,6 +49,7 @@ const (
 
 	nfDrop   = 0
 	nfAccept = 1
+	nfRepeat = 4 // the hook that queued the packet runs again
 )
 
 // be and ne are the byte orders of nfnetlink's values and of netlink's headers.
@@ -106,18 +107,32 @@ func probe(c *netlink.Conn, queue uint16) error {
 // bindMessage binds the queue and configures it in one step, so that no packet
 // is queued under half a configuration.
 func bindMessage(cfg Config) (netlink.Message, error) {
+	bind := netlink.Attribute{Type: cfgCmd, Data: []byte{cmdBind, 0, 0, unix.AF_UNSPEC}}
+	return configMessage(cfg.Queue, append([]netlink.Attribute{bind}, paramAttrs(cfg)...))
+}
+
+// paramsMessage configures a queue that this socket holds already. Nobody waits
+// for an acknowledgment, which would have to be told from packets.
+func paramsMessage(cfg Config) (netlink.Message, error) {
+	m, err := configMessage(cfg.Queue, paramAttrs(cfg))
+	m.Header.Flags = netlink.Request
+	m.Header.Sequence = batchSeq
+	m.Header.Length = uint32(nlHeader + len(m.Data)) // attributes are padded
+	return m, err
+}
+
+func paramAttrs(cfg Config) []netlink.Attribute {
 	var flags uint32
 	if cfg.GSO {
 		flags |= flagGSO
 	}
 	u32 := func(v uint32) []byte { return be.AppendUint32(nil, v) }
-	return configMessage(cfg.Queue, []netlink.Attribute{
-		{Type: cfgCmd, Data: []byte{cmdBind, 0, 0, unix.AF_UNSPEC}},
+	return []netlink.Attribute{
 		{Type: cfgParams, Data: append(u32(cfg.CopyRange), copyPacket)},
 		{Type: cfgMaxLen, Data: u32(cfg.Length)},
 		{Type: cfgFlags, Data: u32(flags)},
 		{Type: cfgMask, Data: u32(flagGSO | 1)}, // 1: fail-open is cleared
-	})
+	}
 }
 
 // ackGate returns a socket filter that lets only netlink errors and
@@ -141,7 +156,7 @@ func ackGate() ([]bpf.RawInstruction, error) {
 type tally struct {
 	received, receivedBytes, batches, gso, truncated atomic.Uint64
 	dropped, accepted, rewritten                     atomic.Uint64
-	refused, unanswered, malformed                   atomic.Uint64
+	refused, unanswered, malformed, requeued         atomic.Uint64
 	verdictErrors, sendErrors                        atomic.Uint64
 	receiveErrors, noBuffers, wakes                  atomic.Uint64
 }
@@ -151,7 +166,7 @@ func (t *tally) stats() Stats {
 		Received: t.received.Load(), ReceivedBytes: t.receivedBytes.Load(), Batches: t.batches.Load(),
 		GSO: t.gso.Load(), Truncated: t.truncated.Load(),
 		Dropped: t.dropped.Load(), Accepted: t.accepted.Load(), Rewritten: t.rewritten.Load(),
-		Refused: t.refused.Load(), Unanswered: t.unanswered.Load(), Malformed: t.malformed.Load(),
+		Refused: t.refused.Load(), Requeued: t.requeued.Load(), Unanswered: t.unanswered.Load(), Malformed: t.malformed.Load(),
 		VerdictErrors: t.verdictErrors.Load(), SendErrors: t.sendErrors.Load(),
 		ReceiveErrors: t.receiveErrors.Load(), NoBuffers: t.noBuffers.Load(), Wakes: t.wakes.Load(),
 	}
