@@ -53,16 +53,67 @@ type Firewall struct {
 // socket), a foreign "flush ruleset" passes it by, and it survives the death of
 // this process. ErrOwned means that another living
 // process has it.
+//
+// A table that has our chains is renewed in place, so that packets which wait
+// in our queues for a successor of a killed instance are not dropped.
 func Install(p Params, k Kernel) (*Firewall, error) {
 	r, err := Build(p, k)
 	if err != nil {
 		return nil, err
 	}
 	f := &Firewall{p: p.clone(), k: k, r: r}
+	if same, err := sameChains(r); err == nil && same {
+		err := f.put(renewBatch)
+		if err == nil || errors.Is(err, ErrOwned) {
+			return f, err
+		}
+		// It was made by another version: sets of other types, say.
+	}
 	if err := f.install(); err != nil {
 		return nil, err
 	}
 	return f, nil
+}
+
+// sameChains tells whether the table is in the kernel with exactly the chains
+// of r at the same hooks.
+func sameChains(r *Ruleset) (bool, error) {
+	c, err := dialReader()
+	if err != nil {
+		return false, err
+	}
+	defer c.close()
+	want := map[string]string{}
+	for i := range r.Chains {
+		ch := &r.Chains[i]
+		want[ch.Name] = ""
+		if ch.Hook != "" {
+			kind := "filter"
+			if ch.NAT {
+				kind = "nat"
+			}
+			want[ch.Name] = fmt.Sprintf("%s %s %d", kind, ch.Hook, ch.Priority)
+		}
+	}
+	hooks := []string{"prerouting", "input", "forward", "output", "postrouting"} // NF_INET_PRE_ROUTING, …
+	same := true
+	err = c.list(unix.NFT_MSG_GETCHAIN, unix.NFPROTO_INET, nil, func(_ byte, a attrs) error {
+		if a.text(unix.NFTA_CHAIN_TABLE) != r.Table {
+			return nil
+		}
+		name, has := a.text(unix.NFTA_CHAIN_NAME), ""
+		if hook, err := parseAttrs(a[unix.NFTA_CHAIN_HOOK]); err == nil && len(hook) > 0 {
+			n := hook.uint(unix.NFTA_HOOK_HOOKNUM)
+			if int(n) < len(hooks) {
+				has = fmt.Sprintf("%s %s %d", a.text(unix.NFTA_CHAIN_TYPE), hooks[n], int32(hook.uint(unix.NFTA_HOOK_PRIORITY)))
+			}
+		}
+		expected, ok := want[name]
+		same = same && ok && expected == has
+		delete(want, name)
+		return nil
+	})
+	return same && len(want) == 0, err
 }
 
 // Ruleset is what is installed now.
@@ -73,8 +124,10 @@ func (f *Firewall) Ruleset() *Ruleset {
 }
 
 // install sends the whole table. The caller holds the lock or is the only one.
-func (f *Firewall) install() error {
-	b, err := rulesetBatch(f.r, f.k)
+func (f *Firewall) install() error { return f.put(rulesetBatch) }
+
+func (f *Firewall) put(encode func(*Ruleset, Kernel) (*batch, error)) error {
+	b, err := encode(f.r, f.k)
 	if err != nil {
 		return err
 	}

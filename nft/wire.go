@@ -178,6 +178,36 @@ func rulesetBatch(r *Ruleset, k Kernel) (*batch, error) {
 	return b, nil
 }
 
+// renewBatch is the same for a table that has the same chains already: they,
+// their hooks, the named counters and their values stay, and with them the
+// packets that wait in our queues, which the kernel drops with the hook that
+// queued them. All else is emptied and filled again.
+func renewBatch(r *Ruleset, k Kernel) (*batch, error) {
+	e, err := newEncoder(r.Table)
+	if err != nil {
+		return nil, err
+	}
+	e.conn.AddTable(e.table)
+	e.did(1, "claim table inet %s", r.Table)
+	e.conn.FlushTable(e.table)
+	e.did(1, "flush table inet %s", r.Table)
+	for i := range r.Sets {
+		e.conn.FlushSet(&nftables.Set{Table: e.table, Name: r.Sets[i].Name})
+		e.did(1, "flush set %s", r.Sets[i].Name)
+	}
+	e.ruleset(r)
+	b, err := e.batch()
+	if err != nil {
+		return nil, err
+	}
+	if k.Owner {
+		if err := setTableFlags(&b.messages[0], r.Table, tableOwner|tablePersist); err != nil {
+			return nil, err
+		}
+	}
+	return b, nil
+}
+
 // setTableFlags rewrites the body of a NEWTABLE message with these flags.
 func setTableFlags(m *netlink.Message, table string, flags uint32) error {
 	attrs, err := netlink.MarshalAttributes([]netlink.Attribute{
