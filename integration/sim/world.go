@@ -443,7 +443,8 @@ func (w *World) tamper() {
 
 // observe shows the packets of one step to the observer: those of one
 // connection in the order of their numbers, because what the engine kept leaves
-// before the packet that filled the gap.
+// before the packet that filled the gap. Bare acknowledgments come last: a
+// window that belongs to the request that begins in the step may be in them.
 func (w *World) observe() {
 	w.order = w.order[:0]
 	for i := range w.let {
@@ -465,6 +466,7 @@ func (w *World) observe() {
 func (w *World) sortStep() {
 	type place struct {
 		group int
+		bare  int // 1: nothing but an acknowledgment
 		seq   packet.Seq
 	}
 	places := make([]place, len(w.let))
@@ -480,12 +482,18 @@ func (w *World) sortStep() {
 			g = i
 			first[t.Tuple()] = i
 		}
-		places[i] = place{g, t.Seq()}
+		places[i] = place{group: g, seq: t.Seq()}
+		if t.PayloadLen() == 0 && t.Flags() == packet.ACK {
+			places[i].bare = 1
+		}
 	}
 	slices.SortStableFunc(w.order, func(a, b int) int {
 		x, y := places[a], places[b]
 		if x.group != y.group {
 			return x.group - y.group
+		}
+		if x.bare != y.bare {
+			return x.bare - y.bare
 		}
 		return int(int32(x.seq - y.seq))
 	})

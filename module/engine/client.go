@@ -90,10 +90,11 @@ func (e *Engine) fromClient(key *packet.Tuple, p *packet.TCP, ev *Event) {
 
 // reincarnated says whether a segment belongs to a new connection on the
 // 4-tuple of an old one: a valid cookie, and both numbers differ (SPLICING.md,
-// incarnations).
+// incarnations). A late segment of one before this has all that too, but for
+// its tombstone.
 func (e *Engine) reincarnated(key *packet.Tuple, c *splice.Client, p *packet.TCP) bool {
 	isn, iss := p.Seq().Sub(1), p.Ack().Sub(1)
-	return isn != c.IRS && iss != c.ISS && e.fresh(key, isn, iss)
+	return isn != c.IRS && iss != c.ISS && e.fresh(key, isn, iss) && e.tombs.Match(key, isn, iss, e.seconds()) == nil
 }
 
 // nearby is how far from the present place a segment's numbers may lie without
@@ -142,14 +143,18 @@ func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
 		}, nil)
 		return 0
 	}
+	if b := e.tombs.Match(key, isn, iss, e.seconds()); b != nil {
+		e.tombstoned(key, p, options(b.Options) == tombReset)
+		return 0
+	}
 	if b := e.tombs.Get(key, e.seconds()); b != nil {
-		old := b.IRS == isn || b.ISS == iss || p.Ack().In(b.ISS, b.SndNxt.Add(1))
+		old := p.Ack().In(b.ISS, b.SndNxt.Add(1))
 		if !old && !e.fresh(key, isn, iss) && e.opt.Handshake.Recent(key, e.now) {
 			// It may have overtaken the first segment of a new incarnation.
 			e.Count.add(ReasonBadCookie)
 			return 0
 		}
-		if b.IRS == isn || b.ISS == iss || !e.fresh(key, isn, iss) {
+		if !e.fresh(key, isn, iss) {
 			e.tombstoned(key, p, options(b.Options) == tombReset)
 			return 0
 		}

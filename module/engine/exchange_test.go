@@ -354,6 +354,54 @@ func TestStaleFirstSegment(t *testing.T) {
 	}
 }
 
+// TestStaleIncarnations: a port that is used again and again within the life of
+// its cookies leaves a tombstone for each time. A late segment of any of the
+// connections before neither runs its request again nor ends the present one.
+func TestStaleIncarnations(t *testing.T) {
+	g := newRig(t, oneServer, keepIdle)
+	var firsts []seg
+	g.iss = []packet.Seq{1999}
+	una, at := packet.Seq(2000), packet.Seq(500)
+	for i := range packet.Seq(4) {
+		seq, a := g.open(c1, 100+1_000_000*i, 9000+2_000_000*i)
+		first := seg{fl: ack | psh, seq: seq, ack: a, data: get("/", 50)}
+		g.client(c1, first)
+		if i == 0 {
+			g.server(s1, 10240, seg{fl: syn | ack, seq: 499, ack: 2000, opts: sackPermitted})
+		}
+		una += 50
+		for k, old := range firsts {
+			for _, late := range []seg{old, {fl: ack, seq: old.seq, ack: old.ack}} {
+				for _, line := range g.client(c1, late) {
+					if !strings.Contains(line, "ACK") && !strings.Contains(line, "RST") || strings.HasPrefix(line, "S1") {
+						t.Errorf("connection %d, a late segment of connection %d leads to %q", i, k, line)
+					}
+				}
+			}
+		}
+		g.server(s1, 10240, seg{fl: ack | psh, seq: at, ack: una, data: resp(100)})
+		at += 100
+		if n := g.e.Count.Get(ReasonServed); n != uint64(i) {
+			t.Fatalf("%d requests served before connection %d ended", n, i)
+		}
+		g.client(c1, seg{fl: ack, seq: seq + 50, ack: a + 100})
+		g.client(c1, seg{fl: fin | ack, seq: seq + 50, ack: a + 100})
+		g.client(c1, seg{fl: ack, seq: seq + 51, ack: a + 101})
+		if n := g.e.Count.Get(ReasonServed); n != uint64(i)+1 {
+			t.Fatalf("connection %d was not served", i)
+		}
+		firsts = append(firsts, first)
+		for k, old := range firsts {
+			for _, line := range g.client(c1, old) {
+				if strings.Contains(line, "GET") {
+					t.Errorf("after connection %d, the first segment of connection %d leads to %q", i, k, line)
+				}
+			}
+		}
+	}
+	g.idle(1)
+}
+
 // TestBadChecksum: INV-6. Nothing happens on a segment that nobody verified.
 func TestBadChecksum(t *testing.T) {
 	g := newRig(t, oneServer)

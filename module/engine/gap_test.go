@@ -144,6 +144,23 @@ func TestSACKMapped(t *testing.T) {
 	if b := p.SACKBlock(off, 1); b.Left != seq+head-2 || b.Right != seq+head {
 		t.Errorf("from inside the insertion: %d-%d", b.Left-seq, b.Right-seq)
 	}
+	// A block that lies inside an insertion disappears, wherever it stands.
+	inside := packet.SACKBlock{Left: 2000 + head + 3, Right: 2000 + head + 9}
+	behind := packet.SACKBlock{Left: 2000 + head + added + 10, Right: 2000 + head + added + 20}
+	for i, blocks := range [][]packet.SACKBlock{{inside, behind}, {behind, inside}, {inside}, {inside, inside}} {
+		g.step(Packet, g.raw(s1, ep2(10240), seg{fl: ack, seq: 500, ack: 2000, opts: packet.AppendSACKOption(nil, blocks...)}))
+		g.describe(g.last)
+		p, problem := packet.ParseTCP(g.last)
+		off, n := p.SACK()
+		if want := 1 - i/2; problem != packet.OK || n != want {
+			t.Fatalf("case %d: %d blocks, %v", i, n, problem)
+		}
+		if n == 1 {
+			if b := p.SACKBlock(off, 0); b.Left != seq+head+10 || b.Right != seq+head+20 {
+				t.Errorf("case %d: the block %d-%d is left", i, b.Left-seq, b.Right-seq)
+			}
+		}
+	}
 	_ = a
 }
 

@@ -381,14 +381,11 @@ func (e *Engine) forwardToServer(r splice.Ref, c *splice.Client, s splice.Ref, v
 		// its window, and it would discard it.
 		w.Seq = v.SndNxt
 	}
-	if off, n := p.SACK(); n > 0 {
+	if _, n := p.SACK(); n > 0 {
 		if v.Flags&splice.ServerSACK == 0 {
 			p.StripSACK(ev.Checksum)
 		} else {
-			for i := range n {
-				b := p.SACKBlock(off, i)
-				p.SetSACKBlock(off, i, packet.SACKBlock{Left: c.Epoch.AckToServer(b.Left), Right: c.Epoch.AckToServer(b.Right)}, ev.Checksum)
-			}
+			mapSACK(p, &c.Epoch, true, ev.Checksum)
 		}
 	}
 	if n := p.PayloadLen(); n > 0 {
@@ -399,6 +396,28 @@ func (e *Engine) forwardToServer(r splice.Ref, c *splice.Client, s splice.Ref, v
 	e.rewrite(p, ev, &w, dirty, v.MSS)
 	if e.owed == s {
 		e.owed = 0
+	}
+}
+
+// mapSACK maps every edge like an acknowledgment. A block that lies inside an
+// insertion has nothing left, and is taken out: the peer would call it invalid.
+func mapSACK(p *packet.TCP, m *splice.Epoch, toServer bool, st packet.ChecksumState) {
+	off, n := p.SACK()
+	k := 0
+	for i := range n {
+		b := p.SACKBlock(off, i)
+		if toServer {
+			b.Left, b.Right = m.AckToServer(b.Left), m.AckToServer(b.Right)
+		} else {
+			b.Left, b.Right = m.AckToClient(b.Left), m.AckToClient(b.Right)
+		}
+		if b.Left != b.Right {
+			p.SetSACKBlock(off, k, b, st)
+			k++
+		}
+	}
+	if k < n {
+		p.CutSACK(off, n, k, st)
 	}
 }
 
@@ -749,14 +768,11 @@ func (e *Engine) forwardToClient(r splice.Ref, c *splice.Client, s splice.Ref, v
 		e.pieces(&w, b, int(c.MSS))
 		return
 	}
-	if off, n := p.SACK(); n > 0 {
+	if _, n := p.SACK(); n > 0 {
 		if c.Flags&splice.ClientSACK == 0 {
 			p.StripSACK(ev.Checksum)
 		} else {
-			for i := range n {
-				bl := p.SACKBlock(off, i)
-				p.SetSACKBlock(off, i, packet.SACKBlock{Left: c.Epoch.AckToClient(bl.Left), Right: c.Epoch.AckToClient(bl.Right)}, ev.Checksum)
-			}
+			mapSACK(p, &c.Epoch, false, ev.Checksum)
 		}
 	}
 	ev.Mark = c.Mark

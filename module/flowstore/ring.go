@@ -90,6 +90,18 @@ func (g *Ring) Get(k *packet.Tuple, nowSeconds uint32) *Brief {
 	return nil
 }
 
+// Match returns the newest live entry of a 4-tuple that has one of these initial
+// numbers, or nil: a port may have been used more than once within the life of
+// an entry.
+func (g *Ring) Match(k *packet.Tuple, irs, iss packet.Seq, nowSeconds uint32) *Brief {
+	for i := *g.bucket(k); i != 0; i = g.items[i-1].next {
+		if it := &g.items[i-1]; it.Key == *k && (it.IRS == irs || it.ISS == iss) && nowSeconds-it.born < g.life {
+			return it
+		}
+	}
+	return nil
+}
+
 // Remove forgets all entries of a 4-tuple.
 func (g *Ring) Remove(k *packet.Tuple) {
 	for i := *g.bucket(k); i != 0; {

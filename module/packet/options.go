@@ -165,6 +165,24 @@ func (p *TCP) SetSACKBlock(off, i int, b SACKBlock, st ChecksumState) {
 	p.change(diff, st)
 }
 
+// CutSACK keeps the first k blocks of the n of the option that SACK found at
+// off, overwrites the others with NOPs, and updates the TCP checksum
+// incrementally. Without blocks there is no option.
+func (p *TCP) CutSACK(off, n, k int, st ChecksumState) {
+	o := p.Options()
+	before := Sum(o, 0)
+	from := off + 8*k
+	if k == 0 {
+		from = off - 2
+	} else {
+		p.Raw[off-1] = byte(2 + 8*k)
+	}
+	for i := from; i < off+8*n; i++ {
+		p.Raw[i] = OptNOP
+	}
+	p.change(uint64(^Fold(before))+uint64(Fold(Sum(o, 0))), st)
+}
+
 // StripSACK overwrites the SACK option, if there is one, with NOPs.
 func (p *TCP) StripSACK(st ChecksumState) { p.BlankOption(OptSACK, st) }
 
