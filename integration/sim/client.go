@@ -85,13 +85,6 @@ func (c *client) watch() {
 		return
 	}
 	bound := c.w.Scenario.Bound
-	if c.w.now-c.progress > bound && c.done < c.next && !c.left && c.flow.reset && c.exchanges[c.done].Reply.Fault != FaultNone {
-		// The reset that shows it a failed response was lost. It is not
-		// repeated, and a client that only waits never learns of it.
-		c.plan.Abort = AbortReset
-		c.breakOff()
-		return
-	}
 	if c.w.now-c.progress > bound && c.done < c.next && !c.left {
 		c.fail("liveness", "%s has waited %.1f s for the answer to request %d (%s)", c, float64(c.w.now-c.progress)/1e9, c.done, c.exchanges[c.done].Nonce)
 		return

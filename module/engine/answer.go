@@ -224,9 +224,38 @@ func (e *Engine) closed(r splice.Ref, c *splice.Client) bool {
 	return true
 }
 
-// resetClient resets a client's connection and forgets it.
+// resetClient resets a client's connection. One that is believed to be there is
+// remembered for a moment, because nobody acknowledges a reset: a client that
+// only waits for the rest of a response would not learn that none comes.
 func (e *Engine) resetClient(r splice.Ref, c *splice.Client, why Reason) {
 	e.Count.add(why)
+	e.sendReset(r, c)
+	c.Flags |= splice.ClientWasReset
+	if e.stopping || why == ReasonClientSilent || why == ReasonStopped || why == ReasonKilled || why == ReasonVIPGone {
+		e.removeClient(r, c)
+		return
+	}
+	if e.access != nil {
+		e.access.gone(e, r, c)
+	}
+	if f := e.db.FarmByID(c.Farm); f != nil {
+		e.leaveLine(c, f)
+	}
+	e.closeOwn(c)
+	e.freeSide(c)
+	e.kepts.drop(&c.Kept)
+	c.Srv = 0
+	c.State = splice.ClientClosing
+	c.Tries = 0
+	c.Due = e.now + rto(0)
+	c.CloseBy = e.now + lingerTime
+	e.touchClient(r, c)
+}
+
+// resetTries is how often a reset is repeated.
+const resetTries = 3
+
+func (e *Engine) sendReset(r splice.Ref, c *splice.Client) {
 	k := e.clients.Key(r)
 	e.out.segment(&packet.Segment{
 		Src: k.Dst, Dst: k.Src, Seq: c.SndNxt, Ack: c.RcvNxt, Flags: packet.RST | packet.ACK, TTL: 64,
@@ -239,8 +268,21 @@ func (e *Engine) resetClient(r splice.Ref, c *splice.Client, why Reason) {
 			Src: k.Dst, Dst: k.Src, Seq: c.SndUna, Ack: c.RcvNxt, Flags: packet.RST | packet.ACK, TTL: 64,
 		}, nil)
 	}
-	c.Flags |= splice.ClientWasReset
-	e.removeClient(r, c)
+}
+
+// afterReset handles a segment of a client whose connection we reset: a new
+// incarnation takes its place, anything else is answered with a reset.
+func (e *Engine) afterReset(key *packet.Tuple, r splice.Ref, c *splice.Client, p *packet.TCP, ev *Event) {
+	switch {
+	case p.Flags().Has(packet.RST):
+		e.clientRST(r, c, p)
+	case e.reincarnated(key, c, p):
+		e.Count.add(ReasonReincarnated)
+		e.dropClient(r, c)
+		e.fromClient(key, p, ev)
+	default:
+		e.tombstoned(key, p, true)
+	}
 }
 
 // removeClient forgets a record and leaves a tombstone, so that no duplicate

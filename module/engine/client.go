@@ -35,6 +35,10 @@ func (e *Engine) fromClient(key *packet.Tuple, p *packet.TCP, ev *Event) {
 	}
 	c := e.clients.At(r)
 	fl := p.Flags()
+	if c.Flags&splice.ClientWasReset != 0 {
+		e.afterReset(key, r, c, p, ev)
+		return
+	}
 	if fl.Has(packet.RST) {
 		e.clientRST(r, c, p)
 		return

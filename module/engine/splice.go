@@ -176,9 +176,12 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 		e.partToServer(r, c, s, v, body[:size], c.Epoch.SeqToServer(seq))
 	default:
 		if out := c.Epoch.SeqToServer(limit); v.SndEdge.Less(out) && size > 1 {
-			e.Count.add(ReasonBeyondWindow)
+			// A client that sends again what it sent before the window shrank,
+			// or before it was this server's, does not trim it: the server gets
+			// what it has room for.
+			e.partToServer(r, c, s, v, body[:size], c.Epoch.SeqToServer(seq))
 			e.probeWindow(c, s, v, c.Epoch.SeqToServer(seq))
-			return
+			break
 		}
 		if !whole || n > int(v.MSS) && (!ev.GSO || e.narrowServer(v)) {
 			e.partToServer(r, c, s, v, body, c.Epoch.SeqToServer(seq))
@@ -439,13 +442,16 @@ func (e *Engine) sent(v *splice.Server, end packet.Seq) {
 }
 
 // partToServer emits a part of a client's data, already at a server-side
-// number, in pieces that fit.
+// number, in pieces that fit, as far as the server's window reaches.
 func (e *Engine) partToServer(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.Server, b []byte, seq packet.Seq) {
 	for len(b) > 0 {
 		n := min(len(b), int(v.MSS))
 		if end := seq.Add(packet.Size(n)); v.SndEdge.Less(end) {
 			e.Count.add(ReasonBeyondWindow)
-			return
+			if v.SndEdge.LessEq(seq) {
+				return
+			}
+			n = int(seq.To(v.SndEdge))
 		}
 		e.sendServer(s, v, packet.ACK|packet.PSH, seq, b[:n], c)
 		seq = seq.Add(packet.Size(n))

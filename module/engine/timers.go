@@ -239,6 +239,15 @@ func (e *Engine) clientFires(r splice.Ref, c *splice.Client) {
 			return
 		}
 	case splice.ClientClosing:
+		if c.Flags&splice.ClientWasReset != 0 {
+			if c.Tries++; c.Tries > resetTries || e.stopping {
+				e.removeClient(r, c)
+				return
+			}
+			e.sendReset(r, c)
+			c.Due = e.now + rto(c.Tries)
+			break
+		}
 		if c.CloseBy <= e.now {
 			e.resetClient(r, c, ReasonClientSilent)
 			return

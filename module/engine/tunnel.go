@@ -62,9 +62,17 @@ func (e *Engine) tunnelToServer(r splice.Ref, c *splice.Client, s splice.Ref, v 
 		e.dupACK(r, c, seq)
 		return
 	}
+	whole := true
 	if out := c.Epoch.SeqToServer(end); v.SndEdge.Less(out) && n > 1 {
+		// The server gets what it has room for; the FIN stands behind the rest.
 		e.Count.add(ReasonBeyondWindow)
-		return
+		room := int(int32(v.SndEdge - c.Epoch.SeqToServer(seq)))
+		if room <= 0 || seq.Add(packet.Size(room)).LessEq(c.Epoch.ReqBase) {
+			e.probeWindow(c, s, v, c.Epoch.SeqToServer(seq))
+			return
+		}
+		n, whole, fin = room, false, false
+		end = seq.Add(packet.Size(n))
 	}
 	last := end
 	if fin {
@@ -75,7 +83,7 @@ func (e *Engine) tunnelToServer(r splice.Ref, c *splice.Client, s splice.Ref, v 
 	if seq.LessEq(c.RcvNxt) {
 		c.RcvNxt = packet.MaxSeq(c.RcvNxt, last)
 	}
-	body, from, whole := p.Payload(), seq, true
+	body, from := p.Payload()[:n], seq
 	if from.Less(c.Epoch.ReqBase) {
 		body, from, whole = body[seq.To(c.Epoch.ReqBase):], c.Epoch.ReqBase, false
 	}

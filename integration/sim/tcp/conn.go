@@ -53,6 +53,7 @@ type Options struct {
 	DelayedACK int64 // ns, RFC 9293 section 3.8.6.3; 0: every segment is acknowledged at once
 	DSACK      bool  // RFC 2883
 	ProbeByte  bool  // a window probe carries a byte; else it is an old number without data, as Linux does
+	NoTrim     bool  // what was sent once is sent again as it was, though the window shrank since; else it is trimmed, as Linux does
 	WL1        bool  // windows are taken by the rule of RFC 9293, else by Linux's
 	FirstRTO   int64 // ns; 0: 1 s
 	MinRTO     int64 // ns; 0: 200 ms

@@ -56,7 +56,7 @@ func (c *Conn) output() {
 			n = min(n, c.sacked.Next(pos)-pos)
 		}
 		whole := n
-		if edge := c.una + c.wnd; pos+n > edge {
+		if edge := c.una + c.wnd; pos+n > edge && !(again && c.opt.NoTrim) {
 			n = 0
 			if pos < edge {
 				n = edge - pos
@@ -153,7 +153,7 @@ func (c *Conn) timeout() {
 // tcp_retransmit_skb).
 func (c *Conn) first(size int) {
 	pos := c.una
-	if c.wnd > 0 && c.wnd < uint64(size) {
+	if c.wnd > 0 && c.wnd < uint64(size) && !(c.opt.NoTrim && c.top > c.una) {
 		size = int(c.wnd)
 	}
 	n := min(uint64(size), c.sacked.Next(pos)-pos)
