@@ -273,6 +273,8 @@ func (e *Engine) sendReset(r splice.Ref, c *splice.Client) {
 // afterReset handles a segment of a client whose connection we reset: a new
 // incarnation takes its place, anything else is answered with a reset.
 func (e *Engine) afterReset(key *packet.Tuple, r splice.Ref, c *splice.Client, p *packet.TCP, ev *Event) {
+	isn, iss := p.Seq().Sub(1), p.Ack().Sub(1)
+	old := isn == c.IRS || iss == c.ISS || p.Ack().In(c.ISS, c.SndNxt.Add(1))
 	switch {
 	case p.Flags().Has(packet.RST):
 		e.clientRST(r, c, p)
@@ -280,6 +282,9 @@ func (e *Engine) afterReset(key *packet.Tuple, r splice.Ref, c *splice.Client, p
 		e.Count.add(ReasonReincarnated)
 		e.dropClient(r, c)
 		e.fromClient(key, p, ev)
+	case !old && e.opt.Handshake.Recent(key, e.now):
+		// It may have overtaken the first segment of a new incarnation.
+		e.Count.add(ReasonBadCookie)
 	default:
 		e.tombstoned(key, p, true)
 	}
