@@ -87,7 +87,9 @@ type Module struct {
 	network   *host.Network // of the thread of Run, for plugins that probe
 	host      *host.Host
 	firewall  *nft.Firewall
-	local     *nft.Local // addresses of this host; nil before Run
+	watcher   *nft.Watcher
+	foreign   atomic.Int32 // findings about tables of others
+	local     *nft.Local   // addresses of this host; nil before Run
 	handshake *engine.Handshake
 	shards    []*shard
 	journal   *nft.Journal

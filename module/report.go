@@ -65,6 +65,9 @@ func (m *Module) metricsSource() metrics.Source {
 			})
 			return all, err
 		},
+		Rules: func() metrics.Rules {
+			return metrics.Rules{Restored: m.firewall.Restored(), GuardDropped: m.watcher.Drops(), Foreign: int(m.foreign.Load())}
+		},
 		Access: func() metrics.AccessLog {
 			written, dropped := m.access.Counts()
 			return metrics.AccessLog{Written: written, Dropped: dropped}

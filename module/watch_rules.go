@@ -42,6 +42,7 @@ func (m *Module) watchRules(give *undo) error {
 	if m.local, err = nft.WatchLocal(); err != nil {
 		return errors.Join(err, w.Close())
 	}
+	m.watcher = w
 	give.add(m.local.Close)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
@@ -187,6 +188,7 @@ func (m *Module) ruleEvent(e nft.Event) {
 		m.event(control.Event{Name: EventRulesUnguarded, Level: control.LevelWarn, Text: fmt.Sprintf(
 			"a foreign flush of the rules would end connections: the table is not owned, and %v", e.Err)})
 	case nft.OthersChanged:
+		m.foreign.Store(int32(len(e.Findings)))
 		if len(e.Findings) == 0 {
 			m.event(control.Event{Name: EventForeignRules, Level: control.LevelInfo, Text: "no rules of others stand in the way any more"})
 		}

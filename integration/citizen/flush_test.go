@@ -94,6 +94,9 @@ func TestFlushUnderLoad(t *testing.T) {
 			if owned == "auto" && strings.Contains(w.Log(), "event=rules-restored") {
 				t.Error("an owned table was restored")
 			}
+			if counted := r.metric("weir_firewall_restored_total"); counted != float64(strings.Count(w.Log(), "event=rules-restored")) || (counted > 0) != (owned == "never") {
+				t.Errorf("the counter of restorations says %v", counted)
+			}
 			watch.judge()
 			r.stop(w)
 		})

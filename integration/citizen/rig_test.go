@@ -281,6 +281,28 @@ func (r *rig) params() nft.Params {
 	return p
 }
 
+// metric reads a metric without labels.
+func (r *rig) metric(name string) float64 {
+	r.t.Helper()
+	resp, err := r.Router.HTTPClient(lab.HTTPClientOptions{Close: true, Timeout: 20 * time.Second}).Get("http://127.0.0.1:9464/metrics")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		var v float64
+		if _, err := fmt.Sscanf(line, name+" %g", &v); err == nil {
+			return v
+		}
+	}
+	r.t.Fatalf("no metric %s", name)
+	return 0
+}
+
 // foreign asks what on the router stands in weir's way.
 func (r *rig) foreign() []nft.Finding {
 	r.t.Helper()

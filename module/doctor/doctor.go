@@ -51,6 +51,7 @@ type Finding struct {
 type Host struct {
 	Capabilities func() (uint64, error)     // effective ones, a bit each
 	Probe        func() (nft.Kernel, error) // features of nftables
+	Guard        func() error               // whether the guard of a table that cannot be owned can run
 	Queue        func(first uint16) error   // opens a queue and closes it again
 	Foreign      func(nft.Params) ([]nft.Finding, error)
 	Interfaces   func(nft.Params) ([]string, error)
@@ -72,6 +73,7 @@ func This() *Host {
 	return &Host{
 		Capabilities: capabilities,
 		Probe:        nft.Probe,
+		Guard:        nft.ProbeGuard,
 		Queue: func(first uint16) error {
 			q, err := divert.OpenPlain(divert.Config{Queue: first})
 			if err != nil {
@@ -250,10 +252,22 @@ func (d *doctor) kernel() {
 			way = "the NFQUEUE target through nft_compat"
 		}
 		owned := "the table is owned: a foreign flush does not take it"
-		if !k.Owner {
-			owned = "tables cannot be owned (from Linux 6.9 on): a foreign flush is repaired, with a gap of milliseconds"
+		var guard error
+		if !k.Owner || d.cfg.Firewall.Owned == "never" {
+			owned = "tables cannot be owned (from Linux 6.9 on): a foreign flush is repaired at once, and a guard outside nftables holds untranslated packets back meanwhile"
+			if d.cfg.Firewall.Owned == "never" {
+				owned = strings.Replace(owned, "tables cannot be owned (from Linux 6.9 on)", "the table is not to be owned (firewall.owned)", 1)
+			}
+			if guard = d.h.Guard(); guard != nil {
+				owned = "a foreign flush is repaired at once"
+			}
 		}
 		d.add("kernel", OK, fmt.Sprintf("nftables can all that is needed; packets are queued by %s; %s", way, owned), "", "")
+		if guard != nil {
+			d.add("kernel", Warn, "the table cannot be owned, and there is no guard: "+sentence(guard),
+				"A foreign \"nft flush ruleset\" takes the table for some milliseconds; in that gap the router's own TCP resets connections that Weir holds.",
+				"a kernel from 6.9 on, or one with BPF for traffic control (modprobe -a sch_ingress cls_bpf); until then change single tables instead of flushing the ruleset")
+		}
 		if !k.Defragments() {
 			d.add("kernel", Warn, "the kernel cannot be made to reassemble fragments", "Fragments to VIPs and SNIPs are dropped and counted.", "modprobe nft_tproxy nf_conntrack")
 		}

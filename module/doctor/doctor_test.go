@@ -26,6 +26,7 @@ func healthy(t *testing.T) *Host {
 		Probe: func() (nft.Kernel, error) {
 			return nft.Kernel{NativeQueue: true, Owner: true, TProxy4: true, TProxy6: true, Ct: true}, nil
 		},
+		Guard:      func() error { return nil },
 		Queue:      func(uint16) error { return nil },
 		Foreign:    func(nft.Params) ([]nft.Finding, error) { return nil, nil },
 		Interfaces: func(nft.Params) ([]string, error) { return []string{"lan", "dmz.5"}, nil },
@@ -83,6 +84,10 @@ func TestSick(t *testing.T) {
 		{"no fragments", func(h *Host) {
 			h.Probe = func() (nft.Kernel, error) { return nft.Kernel{CompatQueue: true, Owner: true}, nil }
 		}, "kernel", Warn, "reassemble", "modprobe"},
+		{"neither owner nor guard", func(h *Host) {
+			h.Probe = func() (nft.Kernel, error) { return nft.Kernel{NativeQueue: true, Ct: true}, nil }
+			h.Guard = func() error { return nft.ErrNoGuard }
+		}, "kernel", Warn, "there is no guard", "6.9"},
 		{"no nfqueue", func(h *Host) {
 			h.Queue = func(q uint16) error {
 				return &divert.QueueError{Queue: q, Op: "open", Reason: divert.ErrUnsupported, Err: errors.New("x")}

@@ -49,6 +49,12 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 			x.plugin(&p)
 		}
 	}
+	if c.s.Rules != nil {
+		r := c.s.Rules()
+		x.count(rulesRestored, r.Restored)
+		x.count(guardDropped, r.GuardDropped)
+		x.set(foreignRules, float64(r.Foreign))
+	}
 	if c.s.Access != nil {
 		a := c.s.Access()
 		x.count(accessWritten, a.Written)

@@ -87,6 +87,9 @@ var (
 	emitFailures   = counter("emit_failures_total", "Crafted packets that could not be sent.", labelQueue, labelReason)
 	rulesPackets   = counter("firewall_packets_total", "Packets that a rule of Weir's table counted.", labelCounter)
 	rulesBytes     = counter("firewall_bytes_total", "Their bytes.", labelCounter)
+	rulesRestored  = counter("firewall_restored_total", "Times that Weir's table was put back after somebody had removed or changed it.")
+	guardDropped   = counter("firewall_guard_dropped_packets_total", "Untranslated packets that the guard outside nftables has dropped.")
+	foreignRules   = gauge("firewall_foreign_findings", "Chains of others that stand in the way of Weir's packets; weir doctor names them.")
 	rulesInstalled = gauge("firewall_up", "1 if the counters of Weir's table could be read.")
 )
 

@@ -46,6 +46,7 @@ type Source struct {
 	MaxClients, MaxServers int
 
 	Firewall func(context.Context) (map[string]nft.Counter, error)
+	Rules    func() Rules
 	Plugins  func() []host.Status
 	Access   func() AccessLog
 }
@@ -57,6 +58,13 @@ type Queue struct {
 	Stats  func() divert.Stats
 	Emit   func() divert.EmitStats
 	Spent  *farm.Histogram // per batch, from Receive to Send
+}
+
+// Rules is what has become of the ruleset since the start.
+type Rules struct {
+	Restored     uint64 // times that it was put back
+	GuardDropped uint64 // packets that the guard held back meanwhile
+	Foreign      int    // findings about tables of others, now
 }
 
 // State is how the instance is.

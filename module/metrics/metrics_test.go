@@ -83,6 +83,7 @@ func source(t *testing.T) Source {
 		Plugins: func() []host.Status {
 			return []host.Status{{Plugin: "path", State: host.StateUp, Restarts: 2, Farms: []host.FarmStatus{{Farm: "web", Generation: 5, LastTick: time.Unix(1_700_000_100, 0)}}}}
 		},
+		Rules:  func() Rules { return Rules{Restored: 13, GuardDropped: 14, Foreign: 15} },
 		Access: func() AccessLog { return AccessLog{Written: 11, Dropped: 12} },
 	}
 }
@@ -138,6 +139,9 @@ func TestScrape(t *testing.T) {
 		{1, "weir_condition", []string{"condition", "degraded"}},
 		{0, "weir_condition", []string{"condition", "ready"}},
 		{0, "weir_config_last_reload_successful", nil},
+		{13, "weir_firewall_restored_total", nil},
+		{14, "weir_firewall_guard_dropped_packets_total", nil},
+		{15, "weir_firewall_foreign_findings", nil},
 		{15, "weir_engine_events_total", []string{"reason", "served"}},
 		{4, "weir_queue_kernel_dropped_packets_total", []string{"queue", "0", "reason", "queue_full"}},
 		{9, "weir_queue_verdicts_total", []string{"queue", "1", "verdict", "rewrite"}},
