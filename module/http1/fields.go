@@ -332,9 +332,7 @@ func (s *section) value(p []byte, r *RequestHead) (int, Reason) {
 			s.keepAliveStep(c)
 		}
 	case kindChallenge, kindCredentials:
-		for _, c := range p {
-			s.schemeStep(c)
-		}
+		s.schemeRun(p)
 	}
 	return 0, ReasonNone
 }

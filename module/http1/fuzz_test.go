@@ -66,22 +66,29 @@ func FuzzRequest(f *testing.F) {
 		}
 	}
 	addSeeds(f, "request", func(b []byte) { f.Add(b, uint64(1)) })
-	w, err := NewWanted(oddWanted...)
-	if err != nil {
-		f.Fatal(err)
-	}
 	f.Fuzz(func(t *testing.T, msg []byte, cuts uint64) {
-		if len(msg) == 0 {
-			return
-		}
-		rng := rand.New(rand.NewPCG(cuts, 0))
-		h, st := scanRequestCuts(t, rng, msg, DefaultLimits(), w, 1)
-		checkRequest(t, msg, h, st, oddWanted)
-		if st == Done {
-			_, n, bst := scanBody(t, msg[h.Len:], h.Body, h.Length, DefaultLimits(), randomly(rng), rng)
-			compareRequest(t, msg, &h, int(h.Len)+n, bst)
+		if len(msg) > 0 {
+			fuzzRequest(t, msg, rand.New(rand.NewPCG(cuts, 0)))
 		}
 	})
+}
+
+// fuzzRequest scans one request in several cuts, compares it with the reference
+// and with net/http, and returns where it ends if it does.
+func fuzzRequest(t *testing.T, msg []byte, rng *rand.Rand) (end int, ended bool) {
+	t.Helper()
+	w, err := NewWanted(oddWanted...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, st := scanRequestCuts(t, rng, msg, DefaultLimits(), w, 1)
+	checkRequest(t, msg, h, st, oddWanted)
+	if st != Done {
+		return 0, false
+	}
+	_, n, st := scanBody(t, msg[h.Len:], h.Body, h.Length, DefaultLimits(), randomly(rng), rng)
+	compareRequest(t, msg, &h, int(h.Len)+n, st)
+	return int(h.Len) + n, st == Done
 }
 
 // compareRequest insists that net/http frames a request that is served the same.
@@ -145,16 +152,21 @@ func FuzzResponse(f *testing.F) {
 	}
 	addSeeds(f, "response", func(b []byte) { f.Add(b, uint64(GET)<<32) })
 	f.Fuzz(func(t *testing.T, msg []byte, cuts uint64) {
-		rng := rand.New(rand.NewPCG(cuts, 0))
-		req := Method(cuts>>32) % (CONNECT + 1)
-		h, st := scanResponseCuts(t, rng, msg, DefaultLimits(), req, 1)
-		checkResponse(t, msg, h, st, req)
-		if st != Done || h.Body == BodyUntilClose || req == CONNECT {
-			return
-		}
-		_, n, bst := scanBody(t, msg[h.Len:], h.Body, h.Length, DefaultLimits(), randomly(rng), rng)
-		compareResponse(t, msg, &h, req, int(h.Len)+n, bst)
+		fuzzResponse(t, msg, Method(cuts>>32)%(CONNECT+1), rand.New(rand.NewPCG(cuts, 0)))
 	})
+}
+
+// fuzzResponse does with a response what fuzzRequest does with a request.
+func fuzzResponse(t *testing.T, msg []byte, req Method, rng *rand.Rand) (end int, ended bool) {
+	t.Helper()
+	h, st := scanResponseCuts(t, rng, msg, DefaultLimits(), req, 1)
+	checkResponse(t, msg, h, st, req)
+	if st != Done || h.Body == BodyUntilClose || req == CONNECT {
+		return 0, false
+	}
+	_, n, st := scanBody(t, msg[h.Len:], h.Body, h.Length, DefaultLimits(), randomly(rng), rng)
+	compareResponse(t, msg, &h, req, int(h.Len)+n, st)
+	return int(h.Len) + n, st == Done
 }
 
 // compareResponse insists that net/http frames a response the same, unless it is
@@ -194,44 +206,49 @@ func FuzzBody(f *testing.F) {
 		f.Add(drawChunked(rng), uint64(0))
 	}
 	f.Fuzz(func(t *testing.T, msg []byte, cuts uint64) {
-		rng := rand.New(rand.NewPCG(cuts, 0))
-		_, n, st := scanBodyCuts(t, rng, msg, BodyChunked, 0, DefaultLimits(), 2)
-		checkChunked(t, msg, n, st)
-		if st != Done {
+		fuzzChunked(t, msg, rand.New(rand.NewPCG(cuts, 0)))
+	})
+}
+
+// fuzzChunked does with a chunked body what fuzzRequest does with a request.
+func fuzzChunked(t *testing.T, msg []byte, rng *rand.Rand) {
+	t.Helper()
+	_, n, st := scanBodyCuts(t, rng, msg, BodyChunked, 0, DefaultLimits(), 2)
+	checkChunked(t, msg, n, st)
+	if st != Done {
+		return
+	}
+	// The data are those that net/http decodes, and it stops at the trailers.
+	lim := DefaultLimits()
+	var b Body
+	b.Start(BodyChunked, 0)
+	var data []byte
+	last := 0
+	for at := 0; at < n; {
+		k, framing, _ := b.Next(msg[at:n], &lim)
+		if framing {
+			last = at
+		} else {
+			data = append(data, msg[at:at+k]...)
+		}
+		at += k
+	}
+	// The last framing run holds the end of the last data, the last chunk
+	// line and the trailers.
+	tail := last
+	if len(data) > 0 {
+		tail += 2
+	}
+	tail += bytes.Index(msg[tail:], []byte("\r\n")) + 2
+	p := newPeer(msg)
+	got, err := io.ReadAll(httputil.NewChunkedReader(p.br))
+	if err != nil {
+		if tolerated(err) {
 			return
 		}
-		// The data are those that net/http decodes, and it stops at the trailers.
-		lim := DefaultLimits()
-		var b Body
-		b.Start(BodyChunked, 0)
-		var data []byte
-		last := 0
-		for at := 0; at < n; {
-			k, framing, _ := b.Next(msg[at:n], &lim)
-			if framing {
-				last = at
-			} else {
-				data = append(data, msg[at:at+k]...)
-			}
-			at += k
-		}
-		// The last framing run holds the end of the last data, the last chunk
-		// line and the trailers.
-		tail := last
-		if len(data) > 0 {
-			tail += 2
-		}
-		tail += bytes.Index(msg[tail:], []byte("\r\n")) + 2
-		p := newPeer(msg)
-		got, err := io.ReadAll(httputil.NewChunkedReader(p.br))
-		if err != nil {
-			if tolerated(err) {
-				return
-			}
-			t.Fatalf("%.500q: net/http refuses it: %v", msg, err)
-		}
-		if !bytes.Equal(got, data) || p.consumed(msg) != tail {
-			t.Fatalf("%.500q: net/http reads %q up to %d, the scanner %q up to %d", msg, got, p.consumed(msg), data, tail)
-		}
-	})
+		t.Fatalf("%.500q: net/http refuses it: %v", msg, err)
+	}
+	if !bytes.Equal(got, data) || p.consumed(msg) != tail {
+		t.Fatalf("%.500q: net/http reads %q up to %d, the scanner %q up to %d", msg, got, p.consumed(msg), data, tail)
+	}
 }

@@ -95,16 +95,18 @@ func refValues(fs []refField, key string) (vs []string) {
 
 // refLength reads the Content-Length fields of a message.
 func refLength(vs []string) (n uint64, doubtful, ok bool) {
+	padded := false
 	for i, v := range vs {
 		if !refDigits.MatchString(v) {
 			return 0, false, false
 		}
 		k, err := strconv.ParseUint(v, 10, 63)
-		if err != nil || i > 0 && k != n {
+		padded = padded || len(v) > 1 && v[0] == '0'
+		if err != nil || i > 0 && (k != n || padded) {
 			return 0, false, false
 		}
 		n = k
-		doubtful = doubtful || i > 0 || len(v) > 1 && v[0] == '0'
+		doubtful = i > 0 || padded
 	}
 	return n, doubtful, true
 }

@@ -187,6 +187,13 @@ func (h *RequestHead) scanLine(b []byte, lim *Limits) (i int, reason Reason) {
 			fallthrough
 
 		case rqMethod:
+			if h.index == 0 {
+				// The usual method, read at once.
+				if n := h.methodWhole(b[i:]); n != 0 {
+					i += n
+					continue
+				}
+			}
 			for i < len(b) && is(b[i], clMethod) {
 				if h.index == maxMethod {
 					return i, ReasonBadMethod
@@ -211,9 +218,7 @@ func (h *RequestHead) scanLine(b []byte, lim *Limits) (i int, reason Reason) {
 			}
 			i++
 			h.index = 0
-			h.Target.Off = h.Len + uint32(i)
-			h.Path.Off = h.Target.Off
-			h.state = rqTarget
+			h.startTarget(h.Len + uint32(i))
 
 		case rqTarget:
 			switch {
@@ -286,6 +291,12 @@ func (h *RequestHead) scanLine(b []byte, lim *Limits) (i int, reason Reason) {
 
 		case rqVersion:
 			// RFC 9112 section 2.3: "HTTP/" DIGIT "." DIGIT.
+			if h.index == 0 && len(b)-i >= len("HTTP/1.1\r\n") && string(b[i:i+len("HTTP/1.1\r\n")]) == "HTTP/1.1\r\n" {
+				// The usual version, read at once.
+				h.major, h.Minor = 1, 1
+				h.index = uint8(len("HTTP/1.1"))
+				return h.endLine(i + len("HTTP/1.1\r\n")), ReasonNone
+			}
 			switch h.index {
 			case 5:
 				if c-'0' > 9 {
@@ -320,11 +331,7 @@ func (h *RequestHead) scanLine(b []byte, lim *Limits) (i int, reason Reason) {
 			if c != '\n' {
 				return i, ReasonBareCR
 			}
-			i++
-			h.LineEnd = h.Len + uint32(i)
-			h.state = rqFields
-			h.fields = section{}
-			return i, ReasonNone
+			return h.endLine(i + 1), ReasonNone
 
 		case rqStartLF:
 			if c != '\n' {
@@ -335,6 +342,37 @@ func (h *RequestHead) scanLine(b []byte, lim *Limits) (i int, reason Reason) {
 		}
 	}
 	return i, ReasonNone
+}
+
+// methodWhole takes GET or POST and the space after it, where the first bytes
+// of a method are these, and returns how many bytes that is. It changes nothing
+// for any other.
+func (h *RequestHead) methodWhole(b []byte) int {
+	switch {
+	case len(b) >= 4 && string(b[:4]) == "GET ":
+		h.Method, h.MethodSpan.Len = GET, 3
+	case len(b) >= 5 && string(b[:5]) == "POST ":
+		h.Method, h.MethodSpan.Len = POST, 4
+	default:
+		return 0
+	}
+	n := h.MethodSpan.Len + 1
+	h.startTarget(h.MethodSpan.Off + n)
+	return int(n)
+}
+
+// startTarget is called where the target begins, at message offset off.
+func (h *RequestHead) startTarget(off uint32) {
+	h.Target.Off, h.Path.Off = off, off
+	h.state = rqTarget
+}
+
+// endLine is called after the request line, which ends before b[i].
+func (h *RequestHead) endLine(i int) int {
+	h.LineEnd = h.Len + uint32(i)
+	h.state = rqFields
+	h.fields = section{}
+	return i
 }
 
 // targetReason names what is wrong with a byte of a target. Octets from 0x80 are

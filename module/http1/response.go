@@ -130,6 +130,9 @@ func (h *ResponseHead) Scan(b []byte, lim *Limits) (n int, st Status) {
 // scanLine takes bytes of the status line, and returns the index after it or
 // that of the offending byte.
 func (h *ResponseHead) scanLine(b []byte) (i int, reason Reason) {
+	if h.state == rsVersion && h.index == 0 {
+		i = h.statusWhole(b) // the usual start, read at once
+	}
 	for i < len(b) {
 		c := b[i]
 		switch h.state {
@@ -195,6 +198,23 @@ func (h *ResponseHead) scanLine(b []byte) (i int, reason Reason) {
 		i++
 	}
 	return i, ReasonNone
+}
+
+// statusWhole takes "HTTP/1.1 NNN ", where that is what a response begins with,
+// and returns how many bytes that is. It changes nothing for any other.
+func (h *ResponseHead) statusWhole(b []byte) int {
+	const start, n = "HTTP/1.1 ", len("HTTP/1.1 NNN ")
+	if len(b) < n || string(b[:len(start)]) != start || b[n-1] != ' ' {
+		return 0
+	}
+	x, y, z := b[9]-'0', b[10]-'0', b[11]-'0'
+	if x-1 > 8 || y > 9 || z > 9 {
+		return 0
+	}
+	h.Minor, h.Status = 1, uint16(x)*100+uint16(y)*10+uint16(z)
+	h.index = 3
+	h.state = rsReason
+	return n
 }
 
 // doubt gives up framing: what follows is delivered until the server closes.

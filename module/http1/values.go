@@ -47,7 +47,9 @@ func (s *section) lengthDone() Reason {
 		return ReasonBadContentLength
 	}
 	if s.flags&sawLength != 0 {
-		if s.length != s.val {
+		if s.length != s.val || s.flags&sawPaddedLength != 0 {
+			// The same number in another spelling is another one to whoever
+			// compares texts or reads zeros as octal.
 			return ReasonTwoContentLengths
 		}
 		s.flags |= sawRepeatedLength
@@ -155,6 +157,23 @@ func (s *section) connectionToken() {
 
 // Authentication schemes that belong to the connection and not to the request.
 var schemeWords = [...]string{"ntlm", "negotiate", "kerberos"}
+
+// schemeRun feeds a piece of a value to schemeStep, without what is left of a
+// word that is none of the schemes.
+func (s *section) schemeRun(p []byte) {
+	const schemes = 1<<len(schemeWords) - 1
+	for i := 0; i < len(p); i++ {
+		if s.vmask&schemes == 0 {
+			for i < len(p) && !isOWS(p[i]) && p[i] != ',' {
+				i++
+			}
+			if i == len(p) {
+				return
+			}
+		}
+		s.schemeStep(p[i])
+	}
+}
 
 // schemeStep looks for such a scheme anywhere in a list of challenges. Quoted
 // strings are not followed: a word found in one makes a connection private
