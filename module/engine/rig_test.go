@@ -57,6 +57,12 @@ const testPorts = 1000
 
 func newRig(t *testing.T, change ...func(*farm.Spec)) *rig {
 	t.Helper()
+	return newRigOf(t, 1000, change...)
+}
+
+// newRigOf is newRig for so many records of each kind.
+func newRigOf(t *testing.T, records int, change ...func(*farm.Spec)) *rig {
+	t.Helper()
 	spec := farm.Spec{
 		SNIPs: []netip.Addr{snip},
 		Farms: []farm.FarmSpec{{
@@ -76,7 +82,7 @@ func newRig(t *testing.T, change ...func(*farm.Spec)) *rig {
 	g := &rig{t: t, db: db, now: 1000 * second, cookies: fixedCookies{}}
 	g.hs = NewHandshake(g.cookies, 1400, 1380, func(ep packet.Endpoint) bool { return db.ByVIP(ep) != nil })
 	g.e = New(Options{
-		Clients: 1000, Servers: 1000, Seed: 1, Handshake: g.hs,
+		Clients: records, Servers: records, Seed: 1, Handshake: g.hs,
 		SNIPs: []*pool.Ports{pool.NewPorts(packet.AddrFrom(snip), 10240, 10240+testPorts-1, second, nil)},
 		ISS: func(*packet.Tuple, int64) packet.Seq {
 			if len(g.iss) == 0 {

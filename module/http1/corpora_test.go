@@ -3,83 +3,11 @@
 package http1
 
 import (
-	"bufio"
-	"bytes"
-	"encoding/json"
-	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
-	"unicode/utf8"
 
-	"github.com/weirgate/weir/internal/require"
+	"github.com/weirgate/weir/internal/corpora"
 )
-
-// corpus opens a file of WEIR_CORPORA, or of the directory beside the checkout.
-func corpus(t testing.TB, name string) *os.File {
-	t.Helper()
-	dir := os.Getenv("WEIR_CORPORA")
-	if dir == "" {
-		dir = "../../../shared/corpora"
-	}
-	f, err := os.Open(filepath.Join(dir, name))
-	if err != nil {
-		require.Missing(t, "corpora", err.Error())
-	}
-	t.Cleanup(func() { f.Close() })
-	return f
-}
-
-// llhttpCase is one case of llhttp.jsonl.
-type llhttpCase struct {
-	ID, Type   string
-	Raw        []byte
-	Error      *string
-	MessageEnd []int `json:"message_end"`
-}
-
-func (c *llhttpCase) valid() bool {
-	if c.Error == nil {
-		return true
-	}
-	// These end the parser's duty, not the message's validity.
-	return strings.HasPrefix(*c.Error, "Pause on CONNECT/Upgrade") || strings.HasPrefix(*c.Error, "Data after `Connection: close`")
-}
-
-// llhttpCases reads the strict cases of both types, and of all others when all
-// is set. The corpus lacks the white space at the end of its cases, so the CRLF
-// that some message ends count is put back.
-func llhttpCases(t testing.TB, all bool) (cases []llhttpCase) {
-	sc := bufio.NewScanner(corpus(t, "llhttp.jsonl"))
-	sc.Buffer(nil, 1<<24)
-	for sc.Scan() {
-		var c llhttpCase
-		if err := json.Unmarshal(sc.Bytes(), &c); err != nil {
-			t.Fatal(err)
-		}
-		if !all && c.Type != "request" && c.Type != "response" {
-			continue
-		}
-		// Its ends count octets from 0x80 as two.
-		for i := range c.MessageEnd {
-			for k, o := range c.Raw {
-				if o >= 0x80 && k < c.MessageEnd[i] {
-					c.MessageEnd[i]--
-				}
-			}
-		}
-		if n := len(c.MessageEnd); n > 0 && c.MessageEnd[n-1] > len(c.Raw) {
-			c.Raw = append(c.Raw, "\r\n\r\n"[:c.MessageEnd[n-1]-len(c.Raw)]...)
-		}
-		cases = append(cases, c)
-	}
-	if err := sc.Err(); err != nil {
-		t.Fatal(err)
-	}
-	return cases
-}
 
 // stricter lists the cases that llhttp accepts and this package refuses.
 var stricter = map[string]string{
@@ -175,46 +103,14 @@ func scanMessages(t testing.TB, msg []byte, request, bodies bool, cut cutter) (e
 	return ends, ReasonNone, doubt
 }
 
-// addHosts gives every HTTP/1.1 request of a case a Host field where it has none:
-// llhttp does not ask for one. It returns the moved ends of the messages.
-func addHosts(c llhttpCase) (msg []byte, ends []int) {
-	at := 0
-	for _, end := range append(c.MessageEnd, len(c.Raw)) {
-		m := c.Raw[at:max(at, min(end, len(c.Raw)))]
-		line := bytes.Index(m, []byte(" HTTP/1.1\r\n"))
-		if line >= 0 && !bytes.Contains(bytes.ToLower(m), []byte("\nhost:")) {
-			line += len(" HTTP/1.1\r\n")
-			h := "Host: x\r\n"
-			if k := bytes.Index(m[:line], []byte("http://")); k >= 0 {
-				a := m[k+7 : line]
-				h = "Host: " + string(a[:bytes.IndexAny(a, "/? ")]) + "\r\n"
-			}
-			m = bytes.Join([][]byte{m[:line], m[line:]}, []byte(h))
-		}
-		msg = append(msg, m...)
-		if len(ends) < len(c.MessageEnd) {
-			ends = append(ends, len(msg))
-		}
-		at = end
-	}
-	return msg, ends
-}
-
 func TestLLHTTP(t *testing.T) {
 	rng := seed(t)
 	used := map[string]bool{}
-	for _, c := range llhttpCases(t, false) {
-		id := strings.TrimPrefix(c.ID, "llhttp/")
-		request, bodies := c.Type == "request", !headsOnly[id]
+	for _, c := range corpora.LLHTTP(t, false) {
+		id := c.ID
+		request, bodies := c.Request(), !headsOnly[id]
 		t.Run(id, func(t *testing.T) {
-			msg, want := c.Raw, c.MessageEnd
-			if request {
-				msg, want = addHosts(c)
-			}
-			if !c.valid() {
-				// The white space that the corpus lacks completes a line.
-				msg = append(msg, "\r\n\r\n"...)
-			}
+			msg, want := c.Stream()
 			got, bad, doubt := scanMessages(t, msg, request, bodies, whole)
 			for i := range 51 {
 				cut := cutter(bytewise)
@@ -231,7 +127,7 @@ func TestLLHTTP(t *testing.T) {
 					t.Errorf("%q: message %d ends at %d, want %d", msg, i, got[i], want[i])
 				}
 			}
-			if c.valid() {
+			if c.Valid() {
 				missing := len(got) < len(want) || len(want) == 0 && bad != ReasonNone
 				if why, ok := stricter[id]; ok {
 					used[id] = true
@@ -266,45 +162,6 @@ func TestLLHTTP(t *testing.T) {
 	}
 }
 
-// guardianCase is one case of desync-guardian.json. The characters of names and
-// values are octets; those beyond are UTF-8.
-type guardianCase struct {
-	Name, URI, Method, Version string
-	Headers                    []struct {
-		Name  string
-		Value any // string or number
-	}
-	Expected struct{ Tier, Reason string }
-}
-
-// messages writes the case as requests: with octets, and with UTF-8 throughout.
-func (c *guardianCase) messages() [2][]byte {
-	var b strings.Builder
-	fmt.Fprintf(&b, "%s %s", c.Method, c.URI)
-	if c.Version != "" {
-		b.WriteString(" " + c.Version)
-	}
-	b.WriteString("\r\n")
-	hosted := false
-	for _, h := range c.Headers {
-		fmt.Fprintf(&b, "%s:%v\r\n", h.Name, h.Value)
-		hosted = hosted || strings.EqualFold(h.Name, "host")
-	}
-	if !hosted {
-		b.WriteString("Host: x\r\n")
-	}
-	b.WriteString("\r\n")
-	var octets []byte
-	for _, r := range b.String() {
-		if r < 0x100 {
-			octets = append(octets, byte(r))
-		} else {
-			octets = utf8.AppendRune(octets, r)
-		}
-	}
-	return [2][]byte{octets, []byte(b.String())}
-}
-
 // refusedCompliant lists what desync-guardian, which sees parsed requests, calls
 // compliant and this package refuses.
 var refusedCompliant = map[string]string{
@@ -321,13 +178,9 @@ var refusedCompliant = map[string]string{
 
 func TestDesyncGuardian(t *testing.T) {
 	rng := seed(t)
-	var cases []guardianCase
-	if err := json.NewDecoder(corpus(t, "desync-guardian.json")).Decode(&cases); err != nil {
-		t.Fatal(err)
-	}
 	used := map[string]bool{}
-	for _, c := range cases {
-		for _, msg := range c.messages() {
+	for _, c := range corpora.DesyncGuardian(t) {
+		for _, msg := range c.Messages() {
 			h, st := scanRequestCuts(t, rng, msg, DefaultLimits(), nil, 50)
 			if st == More {
 				t.Errorf("%s: %q: not decided", c.Name, msg)

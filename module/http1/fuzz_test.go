@@ -12,6 +12,8 @@ import (
 	"os"
 	"strings"
 	"testing"
+
+	"github.com/weirgate/weir/internal/corpora"
 )
 
 // addSeeds adds the tables and, where it is there, the llhttp corpus.
@@ -24,7 +26,7 @@ func addSeeds(f *testing.F, kind string, add func([]byte)) {
 		add(append(drawHead(rng), drawChunked(rng)...))
 	}
 	if dir := os.Getenv("WEIR_CORPORA"); dir != "" {
-		for _, c := range llhttpCases(f, true) {
+		for _, c := range corpora.LLHTTP(f, true) {
 			if strings.HasPrefix(c.Type, kind) {
 				add(c.Raw)
 			}
