@@ -83,6 +83,16 @@ func (d *drains) with(now, next *config.Config, db *farm.DB, at time.Time) drain
 	return out
 }
 
+// tellLeaving tells the thread of the SYNs which VIPs drain. The caller holds
+// m.op.
+func (m *Module) tellLeaving() {
+	set := make(map[packet.Endpoint]bool, len(m.op.drains.vips))
+	for v := range m.op.drains.vips {
+		set[packet.EndpointFrom(v)] = true
+	}
+	m.left.Store(&set)
+}
+
 // drainPace is how often what drains is looked at.
 const drainPace = 100 * time.Millisecond
 
@@ -150,6 +160,7 @@ func (m *Module) drainNow(ctx context.Context) {
 		}
 		if left == 0 {
 			delete(d.vips, v)
+			m.tellLeaving()
 			gone = true
 			m.event(control.Event{Name: control.EventVIPGone, Farm: dv.farm, Text: fmt.Sprintf("VIP %s of farm %s has no connection left", v, dv.farm)})
 		}

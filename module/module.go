@@ -72,6 +72,7 @@ type Module struct {
 	db    atomic.Pointer[farm.DB]
 	ready atomic.Pointer[map[uint16]bool] // farms that take connections, by ID
 	state atomic.Pointer[control.Condition]
+	left  atomic.Pointer[map[packet.Endpoint]bool] // VIPs that drain, for the thread of the SYNs
 
 	policies struct {
 		sync.Mutex
@@ -135,6 +136,7 @@ func New(cfg *config.Config, opt Options) (*Module, error) {
 	m.access = m.newAccessLog()
 	m.setState(control.Starting)
 	m.ready.Store(&map[uint16]bool{})
+	m.left.Store(&map[packet.Endpoint]bool{})
 	m.host = host.New(host.Options{
 		Log: opt.Log, Dirs: opt.PluginDirs, RuntimeDir: cfg.RuntimeDir, Version: opt.Version,
 		OnSnapshot: m.onSnapshot, Telemetry: m.telemetry,
@@ -413,6 +415,7 @@ func (m *Module) openQueues(params *nft.Params, give *undo) error {
 		return err
 	}
 	m.handshake = engine.NewHandshake(engine.NewMACCookies(secret), clientMSS, clientMSS, m.takesSYN)
+	m.handshake.Gone = m.leaving
 	add := func(number uint16, length uint32, role role) error {
 		q, err := open(divert.Config{Queue: number, Length: length, GSO: m.config().Queue.GSO})
 		if err != nil {
@@ -491,6 +494,9 @@ func (m *Module) takesSYN(vip packet.Endpoint) bool {
 	f := m.db.Load().ByVIP(vip)
 	return f != nil && (*m.ready.Load())[f.ID]
 }
+
+// leaving says whether a VIP is gone from the configuration and drains.
+func (m *Module) leaving(vip packet.Endpoint) bool { return (*m.left.Load())[vip] }
 
 // stopStep is how often a stop looks whether it is done.
 const stopStep = 5 * time.Millisecond

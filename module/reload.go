@@ -259,6 +259,7 @@ func (m *Module) apply(ctx context.Context, next *config.Config, overrides []con
 	}
 	release()
 	m.op.params, m.op.drains = params, drains
+	m.tellLeaving()
 	m.putOverrides(overrides)
 	m.tellDifference(now, next)
 	m.drainNow(ctx)

@@ -341,3 +341,29 @@ func TestDrainDeadline(t *testing.T) {
 	}
 	r.stop(w)
 }
+
+// TestDrainingVIP: a VIP that was removed refuses new connections at once while
+// its last exchange still runs, and takes them again if it comes back
+// meanwhile.
+func TestDrainingVIP(t *testing.T) {
+	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 1})
+	release := r.halves()
+	second := netip.AddrPortFrom(r.VIP().Addr(), 8080)
+	both := setup{servers: []string{"s1=0"}, vips: []netip.AddrPort{r.VIP(), second}}
+	w := r.startWith(r.text(both))
+	running := r.begin(t)
+	r.rewrite(r.text(setup{servers: both.servers, vips: []netip.AddrPort{second}}))
+	r.mustWeir("reload")
+	// Its time to drain is a minute: only the engine can refuse.
+	if _, err := r.Clients[0].Dial(within(t, 10*time.Second), "tcp", r.VIP().String()); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("a VIP that drains: %v, want that it refuses", err)
+	}
+	r.rewrite(r.text(both))
+	r.mustWeir("reload")
+	r.mustAsk("/back")
+	release <- struct{}{}
+	if err := running.rest(); err != nil {
+		t.Errorf("the exchange that ran meanwhile: %v", err)
+	}
+	r.stop(w)
+}

@@ -134,6 +134,11 @@ type Handshake struct {
 	MSS4, MSS6 uint16
 	// Known says whether a VIP is served; SYNs to others are dropped.
 	Known func(vip packet.Endpoint) bool
+	// Gone says whether a VIP that is not known was served before and is not
+	// any more, while connections to it still run: SYNs to it are refused by a
+	// reset, as by a host without a listener, so that clients turn elsewhere
+	// at once. nil: none is.
+	Gone func(vip packet.Endpoint) bool
 	// Strict makes the bitmap count. A successor after a crash leaves it off
 	// for the first slots, because it cannot know what its predecessor
 	// answered.
@@ -142,6 +147,7 @@ type Handshake struct {
 	Stopped  atomic.Bool // no new connections
 	Answered atomic.Uint64
 	Ignored  atomic.Uint64
+	Refused  atomic.Uint64
 
 	seen [cookieSlots]generation
 	// sent remembers when a SYN was answered, for the round-trip time: lossy,
@@ -180,11 +186,19 @@ func (h *Handshake) SYN(now int64, b []byte, st packet.ChecksumState, out *Outpu
 		return
 	}
 	t := p.Tuple()
+	isn := p.Seq()
 	if !h.Known(t.Dst) {
-		h.Ignored.Add(1)
+		if h.Gone == nil || !h.Gone(t.Dst) {
+			h.Ignored.Add(1)
+			return
+		}
+		// RFC 9293 section 3.10.7.1: the state is CLOSED.
+		out.segment(&packet.Segment{
+			Src: t.Dst, Dst: t.Src, Ack: isn.Add(1), Flags: packet.RST | packet.ACK, TTL: 64,
+		}, nil)
+		h.Refused.Add(1)
 		return
 	}
-	isn := p.Seq()
 	opt := makeOptions(p.SYNOptions())
 	slot := now / slotNanos
 	g := &h.seen[slot%cookieSlots]

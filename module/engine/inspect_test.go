@@ -391,3 +391,28 @@ func TestTap(t *testing.T) {
 
 // lastISS is the first number of the i-th server connection of TestTap.
 func (g *rig) lastISS(i int) packet.Seq { return packet.Seq(3000 * (i + 1)) }
+
+// TestGoneVIP: a SYN to a VIP that is not served any more is refused as RFC
+// 9293 says it of a port without a listener; one to an address that nobody
+// knows is dropped, and so is everything that is no SYN or is damaged.
+func TestGoneVIP(t *testing.T) {
+	g := newRig(t)
+	gone := false
+	g.hs.Known = func(packet.Endpoint) bool { return false }
+	g.expect("unknown", g.SYN(c1, 2000))
+	g.hs.Gone = func(v packet.Endpoint) bool { return gone && v == ep(vip) }
+	g.expect("another one is gone", g.SYN(c1, 2000))
+	gone = true
+	g.expect("gone", g.SYN(c1, 2000), "C1 RST:0,2001(0)")
+	syn := func(s seg) []string {
+		g.out.Reset()
+		g.hs.SYN(g.now, g.raw(c1, vip, s), packet.ChecksumUnknown, &g.out)
+		return g.collect(nil)
+	}
+	g.expect("the last number", syn(seg{fl: packet.SYN, seq: 0xffffffff}), "C1 RST:0,0(0)")
+	g.expect("damaged", syn(seg{fl: packet.SYN, seq: 1, bad: true}))
+	g.expect("a reset", syn(seg{fl: packet.SYN | packet.RST, seq: 1}))
+	if a, i, r := g.hs.Answered.Load(), g.hs.Ignored.Load(), g.hs.Refused.Load(); a != 0 || i != 4 || r != 2 {
+		t.Errorf("%d answered, %d ignored, %d refused; want 0, 4, 2", a, i, r)
+	}
+}

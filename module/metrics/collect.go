@@ -117,6 +117,7 @@ func (x scrape) engines(s *Source) {
 	if s.Handshake != nil {
 		x.count(synAnswered, s.Handshake.Answered.Load())
 		x.count(synIgnored, s.Handshake.Ignored.Load())
+		x.count(synRefused, s.Handshake.Refused.Load())
 	}
 	var sum [engine.Reasons]uint64
 	any := false

@@ -61,6 +61,7 @@ var (
 	engineEvents   = counter("engine_events_total", "What happened to packets, requests and connections, by reason, over all shards.", labelReason)
 	synAnswered    = counter("syn_answered_total", "SYNs that were answered with a cookie.")
 	synIgnored     = counter("syn_ignored_total", "SYNs that were not answered: malformed, to a farm that takes no connections, or while stopping.")
+	synRefused     = counter("syn_refused_total", "SYNs that were refused by a reset: to VIPs that are gone and whose last connections still run.")
 	clientRecords  = gauge("client_connections", "Records of client connections.", labelQueue)
 	clientCapacity = gauge("client_connections_capacity", "Records of client connections that fit.", labelQueue)
 	serverRecords  = gauge("server_connections", "Records of server connections.", labelQueue)
