@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/weirgate/weir/integration/lab"
+	"github.com/weirgate/weir/integration/lab/ladder"
 )
 
 // second is the configuration of another instance on the same router: another
@@ -63,6 +64,11 @@ func TestTwoInstances(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			isVIP := func(a netip.AddrPort) bool { return a == vips[0] || a == vips[1] }
+			watch := r.watchOn(
+				leg{r.ClientLeg, isVIP, nil},
+				leg{r.ServerLeg, r.isSNIP, func(s ladder.Segment) bool { return isVIP(s.Src) || r.isClient(s.Src) || r.isClient(s.Dst) }},
+			)
 			r.mustLoad(500, vips...)
 			ends, stays, vip := one, two, vips[1]
 			if !first {
@@ -76,6 +82,7 @@ func TestTwoInstances(t *testing.T) {
 					t.Errorf("the one that stays says: %s", log())
 				}
 			}
+			watch.judge()
 			r.stop(stays)
 			after, err := r.Router.Snapshot()
 			if err != nil {

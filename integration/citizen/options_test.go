@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/weirgate/weir/integration/lab"
+	"github.com/weirgate/weir/integration/lab/ladder"
 	"github.com/weirgate/weir/nft"
 )
 
@@ -83,6 +84,7 @@ func TestOnStop(t *testing.T) {
 			r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2})
 			r.serve(r.both)
 			r.config.Extra = "firewall: {on_stop: " + how + "}\n"
+			watch := r.watchOn(leg{r.ClientLeg, r.isVIP, nil}, leg{r.ServerLeg, r.isSNIP, func(s ladder.Segment) bool { return r.isVIP(s.Src) }})
 			for round := range 2 {
 				w := r.start()
 				r.mustLoad(50, r.VIP(), r.VIP6())
@@ -101,6 +103,7 @@ func TestOnStop(t *testing.T) {
 					t.Errorf("round %d: a table is left: %v", round, left)
 				}
 			}
+			watch.judge()
 			if how == "close" {
 				return
 			}

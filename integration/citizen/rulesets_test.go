@@ -205,6 +205,7 @@ func TestBanOfOneServed(t *testing.T) {
 	r.serve(func(i int) []netip.AddrPort { return []netip.AddrPort{r.Server(i)} })
 	r.nft("table inet bans {\nset banned { type ipv4_addr; }\nchain i {\ntype filter hook input priority 0;\nip saddr @banned drop\n}\n}\n")
 	w := r.start()
+	watch := r.watch()
 	kept := r.Clients[0].HTTPClient(lab.HTTPClientOptions{Timeout: 10 * time.Second, MaxConns: 1})
 	if err := get(kept, r.VIP(), "/one"); err != nil {
 		t.Fatal(err)
@@ -216,6 +217,7 @@ func TestBanOfOneServed(t *testing.T) {
 	if err := ask(r.Clients[0], r.VIP(), "/new", 700*time.Millisecond); err == nil {
 		t.Error("the banned client opens a new connection")
 	}
+	watch.judge()
 	r.stop(w)
 }
 

@@ -98,49 +98,72 @@ func (w *wire) say(s ladder.Segment, what string) {
 		s.Time.Format("05.000000"), s.Src, s.Dst, s.Flags, s.Seq, s.Ack, s.Len, what))
 }
 
-// watch is a capture of both legs with their judges.
+// watch is a capture of the router's legs with their judges.
 type watch struct {
 	r    *rig
 	on   *lab.Capture
 	legs map[string]*wire
 }
 
-// watch begins to look at both sides of the router.
+// leg is one interface and what may be seen there, see wire.
+type leg struct {
+	iface string
+	front func(netip.AddrPort) bool
+	never func(ladder.Segment) bool
+}
+
+// isVIP is the front toward clients, isSNIP the one toward servers.
+func (r *rig) isVIP(a netip.AddrPort) bool { return a == r.VIP() || a == r.VIP6() }
+func (r *rig) isSNIP(a netip.AddrPort) bool {
+	return (a.Addr() == r.SNIP() || a.Addr() == r.SNIP6()) && a.Port() >= 5000 && a.Port() <= 32767
+}
+
+func (r *rig) isServer(a netip.AddrPort) bool {
+	for i := range r.Servers {
+		if a == r.Server(i) || a == r.Server6(i) {
+			return true
+		}
+	}
+	return false
+}
+
+func (r *rig) isClient(a netip.AddrPort) bool {
+	for i := range r.Clients {
+		if a.Addr() == r.ClientAddr(i) || a.Addr() == r.ClientAddr6(i) {
+			return true
+		}
+	}
+	return false
+}
+
+// watch begins to look at both sides of the router, between which there is
+// nothing but what goes through the engine.
 func (r *rig) watch() *watch {
 	r.t.Helper()
-	c, err := r.Router.CaptureOn(lab.CaptureOptions{SnapLen: 120, Buffer: 256 << 20}, r.ClientLeg, r.ServerLeg)
-	if err != nil {
+	return r.watchOn(
+		leg{r.ClientLeg, r.isVIP, func(s ladder.Segment) bool {
+			return r.isServer(s.Src) || r.isServer(s.Dst) || s.Src.Addr() == r.SNIP() || s.Src.Addr() == r.SNIP6()
+		}},
+		leg{r.ServerLeg, r.isSNIP, func(s ladder.Segment) bool {
+			return r.isVIP(s.Src) || r.isClient(s.Src) && r.isServer(s.Dst) || r.isServer(s.Src) && r.isClient(s.Dst)
+		}},
+	)
+}
+
+// watchOn begins to look at some of the router's interfaces.
+func (r *rig) watchOn(legs ...leg) *watch {
+	r.t.Helper()
+	w := &watch{r: r, legs: map[string]*wire{}}
+	var names []string
+	for _, l := range legs {
+		names = append(names, l.iface)
+		w.legs[l.iface] = &wire{conns: map[pair]*spaces{}, front: l.front, never: l.never}
+	}
+	var err error
+	if w.on, err = r.Router.CaptureOn(lab.CaptureOptions{SnapLen: 120, Buffer: 256 << 20}, names...); err != nil {
 		r.t.Fatal(err)
 	}
-	vips := []netip.AddrPort{r.VIP(), r.VIP6()}
-	snips := []netip.Addr{r.SNIP(), r.SNIP6()}
-	var servers []netip.AddrPort
-	var clients []netip.Addr
-	for i := range r.Servers {
-		servers = append(servers, r.Server(i), r.Server6(i))
-	}
-	for i := range r.Clients {
-		clients = append(clients, r.ClientAddr(i), r.ClientAddr6(i))
-	}
-	return &watch{r: r, on: c, legs: map[string]*wire{
-		r.ClientLeg: {
-			conns: map[pair]*spaces{},
-			front: func(a netip.AddrPort) bool { return slices.Contains(vips, a) },
-			never: func(s ladder.Segment) bool {
-				return slices.Contains(servers, s.Src) || slices.Contains(servers, s.Dst) || slices.Contains(snips, s.Src.Addr())
-			},
-		},
-		r.ServerLeg: {
-			conns: map[pair]*spaces{},
-			front: func(a netip.AddrPort) bool {
-				return slices.Contains(snips, a.Addr()) && a.Port() >= 10240 && a.Port() <= 32767
-			},
-			never: func(s ladder.Segment) bool {
-				return slices.Contains(vips, s.Src) || slices.Contains(servers, s.Dst) && slices.Contains(clients, s.Src.Addr()) ||
-					slices.Contains(servers, s.Src) && slices.Contains(clients, s.Dst.Addr())
-			},
-		},
-	}}
+	return w
 }
 
 // judge ends the watch and reports what it has seen amiss.
