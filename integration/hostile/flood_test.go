@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/weirgate/weir/integration/lab"
+	"github.com/weirgate/weir/integration/lab/forge"
 	"github.com/weirgate/weir/module/packet"
 )
 
@@ -89,11 +90,11 @@ func flooded(t *testing.T, flags []packet.Flags, data []byte) {
 	}
 	before := r.counts()
 
-	f, err := newForger(r.Clients[0])
+	f, err := forge.New(r.Clients[0])
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer f.close()
+	defer f.Close()
 	rnd := rand.New(rand.NewPCG(seed(t), 1))
 	attack, stop := context.WithCancel(ctx)
 	defer stop()
@@ -104,7 +105,7 @@ func flooded(t *testing.T, flags []packet.Flags, data []byte) {
 	}
 	over := make(chan result, 1)
 	go func() {
-		n, took, err := f.flood(attack, floodRate, floodTime, crafting(rnd, r.VIP(), flags, data))
+		n, took, err := f.Flood(attack, floodRate, floodTime, forge.Strangers(rnd, r.VIP(), flags, data))
 		over <- result{n, took, err}
 	}()
 	// Honest clients, one connection for each request, all the time.

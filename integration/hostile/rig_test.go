@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net/netip"
 	"os"
@@ -118,6 +119,29 @@ func newRig(t *testing.T, o lab.FarmOptions) *rig {
 		t.Fatal(err)
 	}
 	return &rig{Farm: f, t: t}
+}
+
+// reason reads a counter of the engine's from the metrics.
+func (r *rig) reason(name string) (n uint64) {
+	r.t.Helper()
+	resp, err := r.Router.HTTPClient(lab.HTTPClientOptions{Timeout: 10 * time.Second}).Get("http://127.0.0.1:9464/metrics")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	m := regexp.MustCompile(`(?m)^weir_engine_events_total\{reason="` + name + `"\} (\S+)$`).FindSubmatch(text)
+	if m == nil {
+		r.t.Fatalf("the metrics have no reason %q", name)
+	}
+	v, err := strconv.ParseFloat(string(m[1]), 64)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return uint64(v)
 }
 
 // start runs weir with a pool section and more lines at top level, and waits

@@ -276,8 +276,10 @@ func TestLateBytesReachNobody(t *testing.T) {
 }
 
 // TestBlindInjection: a million resets, SYNs, data segments, FINs and bare
-// acknowledgments with right addresses and drawn numbers, from either side, in
-// every state of a connection. None breaks it, none adds a byte.
+// acknowledgments with right addresses and drawn numbers, from either side,
+// while a head is incomplete, a server connection is opened, a request and its
+// response run, and both connections are idle. None breaks anything, none adds
+// a byte.
 func TestBlindInjection(t *testing.T) {
 	rnd := seeded(t)
 	total := 1_000_000
@@ -288,7 +290,7 @@ func TestBlindInjection(t *testing.T) {
 	kinds := []packet.Flags{rst, rst | ack, syn, syn | ack, ack | psh, ack, fin | ack}
 	junk := strings.Repeat("Z", 500)
 	per := total / flows
-	retired := 0
+	retired, played := 0, 0
 	for f := range flows {
 		g := newRig(t, oneServer, keepIdle)
 		g.iss = []packet.Seq{packet.Seq(rnd.Uint32()), packet.Seq(rnd.Uint32())}
@@ -304,29 +306,33 @@ func TestBlindInjection(t *testing.T) {
 				if a.port != 0 && rnd.IntN(2) == 0 {
 					src, dst = a.srv, ep2(a.port)
 				}
-				if s.fl == syn && dst == vip {
-					continue // it never comes to a shard
-				}
 				g.out.Reset()
-				ev := Event{Kind: Packet, Data: append(make([]byte, 0, 2048), g.raw(src, dst, s)...)}
-				g.e.Step(g.now, &ev, &g.out)
+				if played++; s.fl == syn && dst == vip {
+					g.hs.SYN(g.now, g.raw(src, dst, s), packet.ChecksumUnknown, &g.out) // it never comes to a shard
+				} else {
+					ev := Event{Kind: Packet, Data: append(make([]byte, 0, 2048), g.raw(src, dst, s)...)}
+					g.e.Step(g.now, &ev, &g.out)
+				}
 				g.now += millisecond / 10
 			}
 		}
-		part := func(b string, from int) {
-			a.note(g.play(g.raw(a.cli, vip, seg{fl: ack | psh, seq: a.cseq, ack: a.cack, data: b[from:]})), 4242)
-			a.cseq += packet.Seq(len(b) - from)
-		}
 		a.note(g.play(g.raw(a.cli, vip, seg{fl: ack | psh, seq: a.cseq, ack: a.cack, data: request[:600]})), 4242)
 		a.cseq += 600
-		blind(per / 4)
-		part(request, 600)
-		blind(per / 4)
+		blind(per / 5)
+		all := g.play(g.raw(a.cli, vip, seg{fl: ack | psh, seq: a.cseq, ack: a.cack, data: request[600:]}))
+		a.cseq += packet.Seq(len(request) - 600)
+		if len(all) != 1 || !all[0].fl.Has(syn) {
+			t.Fatalf("flow %d: a complete head gives %+v", f, all)
+		}
+		a.srv, a.port = all[0].dst, all[0].src.Port()
+		blind(per / 5)
+		a.note(all, 4242)
+		blind(per / 5)
 		for off := 0; off < len(response); off += 1000 {
 			end := min(off+1000, len(response))
 			a.note(g.play(g.raw(a.srv, ep2(a.port), seg{fl: ack | psh, seq: a.sseq, ack: a.sack, data: response[off:end]})), 0)
 			a.sseq += packet.Seq(end - off)
-			blind(per / 80)
+			blind(per / 200)
 		}
 		if string(a.fromClient) != request {
 			t.Fatalf("flow %d: the server got %d bytes, not the request of %d; %v, %+v, %v", f, len(a.fromClient), len(request), a, g.e.Usage(), g.counts())
@@ -346,8 +352,16 @@ func TestBlindInjection(t *testing.T) {
 			}
 			continue
 		}
+		port := a.port
+		blind(per / 5)
 		if u := g.e.Usage(); u.Idle != 1 || u.Clients != 1 {
 			t.Fatalf("flow %d: after the exchange: %+v; %v", f, u, g.counts())
+		}
+		a.fromClient, a.fromServer = nil, nil
+		a.ask(get("/next", 80), 0)
+		a.answer(marked(100, "N"))
+		if string(a.fromServer) != marked(100, "N") || a.port != port {
+			t.Fatalf("flow %d: the next request gets %q on port %d, was %d", f, a.fromServer, a.port, port)
 		}
 		if g.e.Count.Get(ReasonBlindReset) == 0 {
 			t.Fatalf("flow %d: no reset was recognised as blind", f)
@@ -357,6 +371,10 @@ func TestBlindInjection(t *testing.T) {
 		if u := g.e.Usage(); u.Clients != 0 {
 			t.Fatalf("flow %d: a true reset changes nothing: %+v", f, u)
 		}
+	}
+	t.Logf("%d forged segments, %d connections retired", played, retired)
+	if played < total-retired*per {
+		t.Errorf("only %d of %d were played", played, total)
 	}
 }
 
