@@ -18,7 +18,7 @@ LDFLAGS ?= -s -w
 # Arguments for the test runner, such as: make test TEST='-only module/packet -v'
 TEST ?=
 
-.PHONY: build demo test soak bench lint deps generate packages clean help dirs runtests
+.PHONY: build demo test soak bench fuzz lint deps generate packages clean help dirs runtests
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -57,13 +57,16 @@ soak: build runtests ## the tests in their full sizes
 	@WEIR_SOAK=1 WEIR_BIN=$(CURDIR)/bin build/runtests -go $(GO) -timeout 3h -total 12h $(TEST)
 
 bench: build ## the comparisons
-	@if [ -d integration/bench ]; then \
-	  $(GO) build -trimpath -o build/bench ./integration/bench; \
-	  build/bench $(BENCH); \
-	else \
-	  echo "make: the comparison program integration/bench is not there; these are the benchmarks of single packages:" >&2; \
-	  $(GO) test -run '^$$' -bench . -benchtime 200ms ./module/... ./policies/...; \
-	fi
+	$(GO) build -trimpath -o build/bench ./integration/bench
+	build/bench $(BENCH)
+	$(GO) build -C integration/bench/scanners -trimpath -o $(CURDIR)/build/scanners .
+	build/scanners $(SCANNERS)
+
+# Seconds that all fuzz targets share.
+FUZZ ?= 60
+
+fuzz: dirs ## every fuzz target, FUZZ=60 seconds in all
+	internal/build/fuzz.sh $(FUZZ)
 
 lint: dirs ## formatting, vet, staticcheck, house rules, generated code
 	@internal/build/lint.sh

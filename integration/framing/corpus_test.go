@@ -5,6 +5,7 @@ package framing
 import (
 	"fmt"
 	"strings"
+	"testing"
 	"time"
 )
 
@@ -95,7 +96,7 @@ func corpus() []payload {
 		add(pass, "CL.0 "+m, m+" /p/"+mark+" HTTP/1.1\r\nHost: a\r\n"+cl(len(smuggled))+"\r\n"+smuggled)
 		add(pass, "TE.0 "+m, m+" /p/"+mark+" HTTP/1.1\r\nHost: a\r\n"+te+"\r\n"+chunk(smuggled)+"0\r\n\r\n")
 	}
-	add(pass, "CL.0 early", "POST /early/"+mark+" HTTP/1.1\r\nHost: a\r\n"+cl(len(smuggled))+"\r\n"+smuggled)
+	add(pass, "early response, the body at once", "POST /early/"+mark+" HTTP/1.1\r\nHost: a\r\n"+cl(len(smuggled))+"\r\n"+smuggled)
 
 	// 0.CL: spellings of a length that one server reads and another does not.
 	n := len(smuggled)
@@ -131,18 +132,23 @@ func corpus() []payload {
 		post("Expect: 100-continue\r\n"+cl(2*n), ""), smuggled)
 
 	// An answer before the body: what follows is no request.
-	late(abort, "early, the body later", 300*time.Millisecond,
+	late(abort, "early response, the body later", 300*time.Millisecond,
 		"POST /early/"+mark+" HTTP/1.1\r\nHost: a\r\n"+cl(9*n)+"\r\n", smuggled)
-	late(abort, "early, chunks later", 300*time.Millisecond,
+	late(abort, "early response, chunks later", 300*time.Millisecond,
 		"POST /early/"+mark+" HTTP/1.1\r\nHost: a\r\n"+te+"\r\n", chunk("hello"), smuggled)
 
 	// Chunk lines.
-	for i, line := range []string{
-		"5\n", "5\r", "5 \r\n", " 5\r\n", "5\t\r\n", "0x5\r\n", "+5\r\n", "-5\r\n", "5.\r\n", "5,\r\n", "5;\n", "5;a\nb\r\n", "5;a\rb\r\n", "5;\x00\r\n", "5;a=\"\n\"\r\n", "5 ;a\r\n", "5; a\r\n",
-		"5\x00\r\n", "5\x0b\r\n", "05g\r\n", "\r\n5\r\n", "g\r\n", "\r\n", "fffffffffffffffff5\r\n", "10000000000000005\r\n", "4000000000000000\r\n", "5;" + strings.Repeat("x", 5000) + "\r\n",
-		"5\r\r\n", "5\n\r\n", "5;a=\"b\r\n",
+	for _, family := range []struct {
+		name  string
+		lines []string
+	}{
+		{"chunk terminator", []string{"5\n", "5\r", "5\r\r\n", "5\n\r\n", "\r\n5\r\n", "5;\n", "5;a\n", "5;a\r", "5\x00\r\n", "5\x0b\r\n", "5\x85\r\n", "5 \n"}},
+		{"chunk extension", []string{"5;a\nb\r\n", "5;a\rb\r\n", "5;\x00\r\n", "5;a=\"\n\"\r\n", "5 ;a\r\n", "5; a\r\n", "5;" + strings.Repeat("x", 5000) + "\r\n", "5;a=\"b\r\n", "5;a=b=c\r\n", "5;a=\r\n", "5;=b\r\n", "5;;a\r\n", "5,a\r\n", "5\\;a\r\n"}},
+		{"chunk size", []string{"5 \r\n", " 5\r\n", "5\t\r\n", "0x5\r\n", "+5\r\n", "-5\r\n", "5.\r\n", "5,\r\n", "05g\r\n", "g\r\n", "\r\n", "fffffffffffffffff5\r\n", "10000000000000005\r\n", "4000000000000000\r\n", "5_\r\n"}},
 	} {
-		add(spoil, fmt.Sprintf("chunk line %d", i), post(te, line+"hello\r\n0\r\n\r\n"+smuggled))
+		for i, line := range family.lines {
+			add(spoil, fmt.Sprintf("%s %d", family.name, i), post(te, line+"hello\r\n0\r\n\r\n"+smuggled))
+		}
 	}
 	for i, line := range []string{"5\r\n", "005\r\n", "0000000000000005\r\n", "5;a\r\n", "5;a=b;c=\"d;\\\"e\"\r\n"} {
 		add(pass, fmt.Sprintf("good chunk line %d", i), post(te, line+"hello\r\n0\r\n\r\n"))
@@ -163,14 +169,25 @@ func corpus() []payload {
 
 	// Hosts and targets.
 	for i, h := range []string{
-		"GET /p/" + mark + " HTTP/1.1\n\n", "GET /p/" + mark + " HTTP/1.1\nHost: a\nHost: b\n\n", "GET /p/" + mark + " HTTP/1.1\nHost: a\nHost: a\n\n", "GET /p/" + mark + " HTTP/1.1\nHost: a b\n\n",
+		"GET /p/" + mark + " HTTP/1.1\n\n", "GET /p/" + mark + " HTTP/1.1\nHost: a b\n\n",
 		"GET /p/" + mark + " HTTP/1.1\nHost: a@b\n\n", "GET /p/" + mark + " HTTP/1.1\nHost: a/b\n\n", "GET /p/" + mark + " HTTP/1.1\nHost: a:x\n\n", "GET /p/" + mark + " HTTP/1.1\nHost:\n\n",
-		"GET /p/" + mark + " HTTP/1.1\nHost : a\n\n", "GET /p/" + mark + " HTTP/1.1\n Host: a\n\n", "GET /p/" + mark + " HTTP/1.1\nX: y\n Host: b\nHost: a\n\n", "GET http://b/p/" + mark + " HTTP/1.1\nHost: a\n\n", "GET http://a/p/" + mark + " HTTP/1.1\n\n",
-		"GET https://a/p/" + mark + " HTTP/1.1\nHost: a\n\n", "GET ftp://a/p/" + mark + " HTTP/1.1\nHost: a\n\n", "GET http:///p/" + mark + " HTTP/1.1\nHost: a\n\n", "GET http://u@a/p/" + mark + " HTTP/1.1\nHost: a\n\n", "GET p/" + mark + " HTTP/1.1\nHost: a\n\n",
+		"GET /p/" + mark + " HTTP/1.1\nHost : a\n\n", "GET /p/" + mark + " HTTP/1.1\n Host: a\n\n", "GET /p/" + mark + " HTTP/1.1\nX: y\n Host: b\nHost: a\n\n", "GET p/" + mark + " HTTP/1.1\nHost: a\n\n",
 		"GET @b/p/" + mark + " HTTP/1.1\nHost: a\n\n", "CONNECT a:80 HTTP/1.1\nHost: a:80\n\n", "GET * HTTP/1.1\nHost: a\n\n", "GET /p/" + mark + "\x00 HTTP/1.1\nHost: a\n\n", "GET /p/" + mark + "\x0b HTTP/1.1\nHost: a\n\n", "GET /p/\xc2\xa0" + mark + " HTTP/1.1\nHost: a\n\n",
 	} {
 		add(refuse, fmt.Sprintf("host %d", i), http11(h)+smuggled)
 	}
+	for i, fields := range []string{
+		"Host: a\nHost: b\n", "Host: a\nHost: a\n", "Host: a\nhost: b\n", "Host: a\nX: y\nHOST:b\n", "Host: a\n Host: b\n", "Host: a\nHost : b\n", "Host: a\nHost:\n", "Host: a, b\n", "Host: a b\n", "Host: a\x00b\n",
+	} {
+		add(refuse, fmt.Sprintf("dual Host %d", i), http11("GET /p/"+mark+" HTTP/1.1\n"+fields+"\n")+smuggled)
+	}
+	for i, form := range []string{
+		"http://b/p/" + mark, "http://a:81/p/" + mark, "http://ab/p/" + mark, "http://a.b/p/" + mark, "https://a/p/" + mark, "ftp://a/p/" + mark, "http:///p/" + mark, "http://u@a/p/" + mark, "http://a@b/p/" + mark, "http:a/p/" + mark, "http:/a/p/" + mark, "//b/p/" + mark + " x", "http://a\\b/p/" + mark, "http://%61/p/" + mark,
+	} {
+		add(refuse, fmt.Sprintf("absolute form %d", i), "GET "+form+" HTTP/1.1\r\nHost: a\r\n\r\n"+smuggled)
+	}
+	add(refuse, "absolute form, dual Host", "GET http://a/p/"+mark+" HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n"+smuggled)
+	add(refuse, "absolute form, no Host", "GET http://a/p/"+mark+" HTTP/1.1\r\n\r\n"+smuggled)
 	add(pass, "host with a comma", "GET /p/"+mark+" HTTP/1.1\r\nHost: a,b\r\n\r\n") // RFC 3986 section 3.2.2 has it
 	add(pass, "absolute form", "GET http://a/p/"+mark+" HTTP/1.1\r\nHost: a\r\n\r\n")
 	add(pass, "absolute form, case", "GET HTTP://A/p/"+mark+" HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -211,19 +228,53 @@ func corpus() []payload {
 		"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n",
 		"Connection: upgrade\r\nUpgrade: TLS/1.0\r\n", "Upgrade: anything\r\n", "Connection: Upgrade\r\n",
 	} {
-		add(isolate, fmt.Sprintf("upgrade %d", i), "GET /p/"+mark+" HTTP/1.1\r\nHost: a\r\n"+f+"\r\n"+smuggled+"\r\n\r\n")
+		add(isolate, fmt.Sprintf("Upgrade before 101, %d", i), "GET /p/"+mark+" HTTP/1.1\r\nHost: a\r\n"+f+"\r\n"+smuggled+"\r\n\r\n")
 	}
 
 	// Pauses: servers that give up waiting must not take the rest for a request.
 	for i, at := range []int{0, 1, 10, n / 2} {
-		late(pass, fmt.Sprintf("pause %d", i), 200*time.Millisecond,
+		late(pass, fmt.Sprintf("pause-based %d", i), 200*time.Millisecond,
 			post(cl(n), smuggled[:at]), smuggled[at:])
 	}
-	late(pass, "pause in a chunk line", 200*time.Millisecond,
+	late(pass, "pause-based, chunk line", 200*time.Millisecond,
 		post(te, fmt.Sprintf("%x", n)), "\r\n"+smuggled+"\r", "\n0\r\n\r", "\n")
-	late(pass, "pause in the head", 200*time.Millisecond,
+	late(pass, "pause-based, head", 200*time.Millisecond,
 		"POST /p/"+mark+" HT", "TP/1.1\r\nHost: a\r", "\nContent-Le", fmt.Sprintf("ngth: %d\r\n\r", n), "\n"+smuggled)
 	add(abort, "never finished", post(cl(9*n), smuggled))
 	add(abort, "never finished chunk", post(te, "fff\r\n"+smuggled))
 	return out
+}
+
+// TestFamilies: every family of attack is in the corpus, by its name, in more
+// than one spelling, and each has its neighbour that passes.
+func TestFamilies(t *testing.T) {
+	count := map[string]int{}
+	for _, f := range []struct {
+		name  string
+		least int
+	}{
+		{"CL.TE", 5}, {"TE.CL", 5}, {"TE.TE", 60}, {"CL.0", 9}, {"TE.0", 9}, {"0.CL", 30}, {"Expect", 10}, {"early response", 3}, {"chunk terminator", 10}, {"chunk extension", 10},
+		{"chunk size", 10}, {"chunk end", 5}, {"last chunk", 10}, {"late chunk line", 3}, {"dual Host", 10}, {"absolute form", 15}, {"host", 10}, {"request line", 20}, {"field", 10}, {"connection option", 5},
+		{"Upgrade before 101", 5}, {"pause-based", 5}, {"never finished", 2},
+	} {
+		names := map[string]bool{}
+		for _, p := range corpus() {
+			if strings.HasPrefix(p.name, f.name) {
+				names[p.name] = true
+			}
+		}
+		if count[f.name] = len(names); len(names) < f.least {
+			t.Errorf("%s: %d payloads, at least %d are meant", f.name, len(names), f.least)
+		}
+	}
+	outcomes := map[int]int{}
+	for _, p := range corpus() {
+		outcomes[p.want]++
+	}
+	for _, want := range []int{pass, isolate, refuse, spoil, abort} {
+		if outcomes[want] == 0 {
+			t.Errorf("no payload has outcome %d", want)
+		}
+	}
+	t.Logf("%d payloads: %v", len(corpus()), count)
 }
