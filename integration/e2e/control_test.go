@@ -355,7 +355,7 @@ func TestTrace(t *testing.T) {
 		}
 		return string(b)
 	}
-	if out := replay(r.file()); !strings.Contains(out, "GET /traced") || !strings.Contains(out, "web/s1") || !strings.Contains(out, "1 requests on 1 connections") {
+	if out := replay(r.file()); !strings.Contains(out, "GET /traced") || !strings.Contains(out, "web/s1") || !strings.Contains(out, "1 request on 1 connection,") {
 		t.Errorf("weir replay:\n%s", out)
 	}
 	other := filepath.Join(r.dir, "other.yaml")

@@ -52,10 +52,18 @@ func Print(r *capture.Reader, o Options, w io.Writer, asJSON bool) error {
 	return err
 }
 
+// count writes "1 request" or "2 requests".
+func count(n int, word string) string {
+	if n == 1 {
+		return "1 " + word
+	}
+	return fmt.Sprintf("%d %ss", n, word)
+}
+
 // String is the summary in a few lines.
 func (s *Summary) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "\n%d requests on %d connections, %d packets of clients\n", s.Requests, s.Clients, s.Packets)
+	fmt.Fprintf(&b, "\n%s on %s, %s of clients\n", count(s.Requests, "request"), count(s.Clients, "connection"), count(s.Packets, "packet"))
 	list := func(what string, m map[string]int) {
 		for _, k := range slices.Sorted(maps.Keys(m)) {
 			fmt.Fprintf(&b, "  %s %-24s %d\n", what, k, m[k])
@@ -70,7 +78,7 @@ func (s *Summary) String() string {
 		fmt.Fprintf(&b, "  %d bytes of responses were not played: nothing was bound to them\n", s.Unplayed)
 	}
 	if s.Others > 0 {
-		fmt.Fprintf(&b, "  %d packets are of nobody's to a VIP of this configuration\n", s.Others)
+		fmt.Fprintf(&b, "  %s left out: not between a client and a VIP of this configuration\n", count(s.Others, "packet"))
 	}
 	return b.String()
 }

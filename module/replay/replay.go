@@ -19,6 +19,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/weirgate/weir/module/control/capture"
@@ -318,16 +319,18 @@ func (p *player) why(key *packet.Tuple, f *farm.Farm) []string {
 			req.Host = bytes.TrimSpace(v)
 		}
 	}
+	steps := f.Selector.Load().Explain(&req, f.Lives, nil, 1)
 	var out []string
-	for _, s := range f.Selector.Load().Explain(&req, f.Lives, nil, 1) {
+	for i, s := range steps {
+		// What this second choice draws is another one, and is not told.
+		if i == len(steps)-1 || s.Policy == "" && strings.HasPrefix(s.Text, "drawn: ") {
+			continue
+		}
 		t := s.Text
 		if s.Policy != "" {
 			t = s.Policy + ": " + t
 		}
 		out = append(out, t)
-	}
-	if len(out) > 0 {
-		out = out[:len(out)-1] // the draw of this second choice is another one
 	}
 	return out
 }

@@ -158,6 +158,21 @@ func TestRoutes(t *testing.T) {
 	}
 }
 
+// TestDrawIsNotTold: where a server is drawn, the words for why do not speak of
+// a draw of their own, which may have another outcome than the decision.
+func TestDrawIsNotTold(t *testing.T) {
+	got, _ := run(t, shop(t), database(t, routes(snapshot.Route{Prefix: "/", Target: snapshot.Target{Servers: []string{"s1", "s2"}}})))
+	if len(got) != 4 {
+		t.Fatalf("%d decisions", len(got))
+	}
+	for _, d := range got {
+		why := strings.Join(d.Why, "; ")
+		if !strings.Contains(why, "servers s1 s2") || strings.Contains(why, "drawn") || strings.Contains(why, "picked") {
+			t.Errorf("%s: decision %s, why: %s", d.Request, d.Server, why)
+		}
+	}
+}
+
 // TestWhatIf: another configuration answers some of the requests itself.
 func TestWhatIf(t *testing.T) {
 	got, sum := run(t, shop(t), database(t, routes(
@@ -210,7 +225,7 @@ func TestPrint(t *testing.T) {
 			t.Fatal(err)
 		}
 		if !asJSON {
-			for _, want := range []string{"GET /products/b", "198.18.0.11:40001", "4 requests on 2 connections", "(reused)"} {
+			for _, want := range []string{"GET /products/b", "198.18.0.11:40001", "4 requests on 2 connections, 16 packets of clients\n", "1 packet left out", "(reused)"} {
 				if !strings.Contains(out.String(), want) {
 					t.Errorf("no %q:\n%s", want, out.String())
 				}
