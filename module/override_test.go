@@ -202,10 +202,17 @@ func TestSetStates(t *testing.T) {
 func TestSchemaPath(t *testing.T) {
 	for in, want := range map[string]string{
 		"farms[web].servers[s1].weight": "farms[].servers[].weight", "queue.first": "queue.first",
-		"farms[a].listen[203.0.113.1:80]": "farms[].listen[]",
+		"farms[a].listen[203.0.113.1:80]": "farms[].listen[]", "farms[a].listen[[2001:db8::1]:80]": "farms[].listen[]",
 	} {
 		if got := schemaPath(in); got != want {
 			t.Errorf("%s: %s", in, got)
+		}
+	}
+	for in, want := range map[string][2]string{
+		"farms[web].servers[s1].weight": {"web", "s1"}, "farms[web].listen[[2001:db8::1]:80]": {"web", ""}, "queue.first": {},
+	} {
+		if farm, server := namesIn(in); farm != want[0] || server != want[1] {
+			t.Errorf("%s: %q, %q", in, farm, server)
 		}
 	}
 }

@@ -143,7 +143,8 @@ func (m *Module) ReloadFiles(ctx context.Context, why string) (*control.ReloadRe
 		}
 		return out, nil
 	}
-	m.event(control.Event{Name: control.EventReloaded, Count: uint64(len(res.plan)), Text: fmt.Sprintf("%s in force (%s)", countOf(len(res.plan), "change"), why)})
+	n := len(res.plan) - len(res.plan.Of(config.Restart))
+	m.event(control.Event{Name: control.EventReloaded, Count: uint64(n), Text: fmt.Sprintf("%s in force (%s)", countOf(n, "change"), why)})
 	return out, nil
 }
 
@@ -473,23 +474,39 @@ func (m *Module) tellDifference(now, next *config.Config) {
 			ev.Name = control.EventServerWeight
 		}
 		if ev.Name != "" {
+			ev.Farm, ev.Server = namesIn(c.Path)
 			m.event(ev)
 		}
 	}
 }
 
+// namesIn returns the farm and the server that a path speaks of.
+func namesIn(path string) (farm, server string) {
+	name := func(key string) string {
+		_, rest, ok := strings.Cut(path, key+"[")
+		if !ok {
+			return ""
+		}
+		rest, _, _ = strings.Cut(rest, "]")
+		return rest
+	}
+	return name("farms"), name(".servers")
+}
+
 // schemaPath takes the names out of a path.
 func schemaPath(path string) string {
 	var b strings.Builder
-	inside := false
+	inside := 0 // brackets that are open; an IPv6 address has its own
 	for _, r := range path {
 		switch {
 		case r == '[':
-			inside = true
-			b.WriteString("[]")
+			if inside == 0 {
+				b.WriteString("[]")
+			}
+			inside++
 		case r == ']':
-			inside = false
-		case !inside:
+			inside--
+		case inside == 0:
 			b.WriteRune(r)
 		}
 	}

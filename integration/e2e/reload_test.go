@@ -240,7 +240,7 @@ func TestReloadOnChange(t *testing.T) {
 		t.Errorf("classes: %v", p)
 	}
 	events := r.mustWeir("events")
-	for _, want := range []string{"reloaded", "reload-refused", "needs-restart", "server-added", "SIGHUP"} {
+	for _, want := range []string{"reloaded", "reload-refused", "needs-restart", "server-added", "SIGHUP", "1 change is in force (SIGHUP)"} {
 		if !strings.Contains(events, want) {
 			t.Errorf("no event %q:\n%s", want, events)
 		}

@@ -110,7 +110,12 @@ func (a *app) serversCommand() *cobra.Command {
 					if err := do(ctx, c, farm, server, args[1:]); err != nil {
 						return err
 					}
-					_, err = fmt.Fprintf(a.out, "%s/%s: %s\n", farm, server, strings.Fields(use)[0])
+					said := map[string]string{"drain": "drains", "maint": "drains for maintenance", "remove": "removed; what runs drains"}
+					word := strings.Fields(use)[0]
+					if said[word] != "" {
+						word = said[word]
+					}
+					_, err = fmt.Fprintf(a.out, "%s/%s: %s\n", farm, server, strings.Join(append([]string{word}, args[1:]...), " "))
 					return err
 				})
 			},
