@@ -23,6 +23,12 @@ func TestForwarded(t *testing.T) {
 	}
 	s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
 		b, _ := io.ReadAll(q.Body)
+		for name := range q.Header {
+			// A gateway makes one of '-' and '_'.
+			if folded := strings.ReplaceAll(strings.ToLower(name), "_", "-"); folded == "x-forwarded-for" && name != "X-Forwarded-For" {
+				fmt.Fprintf(w, "%s, ", name)
+			}
+		}
 		fmt.Fprintf(w, "xff=%q fwd=%q body=%d", q.Header.Values("X-Forwarded-For"), q.Header.Values("Forwarded"), len(b))
 	})}
 	go func() { _ = s.Serve(ln) }()
@@ -37,6 +43,27 @@ func TestForwarded(t *testing.T) {
 	me := r.ClientAddr(0).String()
 	r.lose(r.Clients[0], 3)
 	const claims = "X-Forwarded-For: 10.9.8.7\r\nForwarded: for=10.9.8.7\r\n"
+	// Several, up to four; a fifth is refused.
+	const more = "X_FORWARDED_FOR: 10.9.8.6\r\nX: y\r\nx-forwarded-for: 10.9.8.5\r\nforwarded: for=10.9.8.4\r\nX_Forwarded-For: 10.9.8.3\r\n"
+	for _, x := range []struct {
+		fields, want string
+	}{
+		{more, fmt.Sprintf("HTTP/1.1 200 xff=[%q] fwd=[]", me)},
+		{more + "Forwarded: for=10.9.8.2\r\n", "HTTP/1.1 400 "},
+	} {
+		c, err := r.dial(8001)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(c, "GET / HTTP/1.1\r\nHost: a\r\n%sConnection: close\r\n\r\n", x.fields)
+		b, err := io.ReadAll(c)
+		c.Close()
+		status, told, _ := strings.Cut(string(b), "OK\r\n")
+		_, told, _ = strings.Cut(told, "\r\n\r\n")
+		if err != nil || !strings.HasPrefix(status+told, x.want) {
+			t.Errorf("%q: %q, want %q, %v", x.fields, b, x.want, err)
+		}
+	}
 	for port, want := range map[uint16]string{
 		8001: fmt.Sprintf("xff=[%q] fwd=[]", me),
 		8002: fmt.Sprintf("xff=[] fwd=[%q]", "for="+me),

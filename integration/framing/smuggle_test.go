@@ -225,7 +225,7 @@ func (r *rig) witness(servers []*backend, said map[string]string) (weir ledger, 
 	refused := func(target string) bool {
 		for i := 0; i+len(mark) <= len(target); i++ {
 			if a, ok := said[target[i:i+len(mark)]]; ok {
-				return strings.Contains(a, "HTTP/1.1 4") || strings.Contains(a, "HTTP/1.1 5") || strings.Contains(a, "HTTP/1.0 4")
+				return strings.Contains(a, "HTTP/1.1 4") || strings.Contains(a, "HTTP/1.1 5") || strings.Contains(a, "HTTP/1.0 4") || strings.Contains(a, "HTTP/1.0 5")
 			}
 		}
 		return false

@@ -81,6 +81,56 @@ func TestForwardedTrust(t *testing.T) {
 	}
 }
 
+// TestManyForwardingFields: each of several forwarding fields of a client's own
+// is neutralised, in whatever spelling, order and distance, up to the number
+// for which there is room; one more, and the request is refused and nothing of
+// it reaches a server. The control is a trusted proxy, whose fields all pass.
+func TestManyForwardingFields(t *testing.T) {
+	rnd := seeded(t)
+	xff := fwd{farm.ForwardedXFF, "X-Forwarded-For: 198.18.0.1\r\n"}
+	names := []string{"X-Forwarded-For", "x-forwarded-for", "X_FORWARDED_FOR", "x_Forwarded-for", "Forwarded", "FORWARDED"}
+	for n := range 8 {
+		for range 20 {
+			var claims, neutral strings.Builder
+			for range n {
+				name, value := names[rnd.IntN(len(names))], fmt.Sprintf("10.0.0.%d", rnd.IntN(250))
+				to := "Weir-Fwdd"
+				if len(name) > len(to) {
+					to = "Weir-Forwarded1"
+				}
+				filler := strings.Repeat(fmt.Sprintf("X-%d: y\r\n", rnd.IntN(9)), rnd.IntN(3))
+				fmt.Fprintf(&claims, "%s:%s\r\n%s", name, value, filler)
+				fmt.Fprintf(&neutral, "%s:%s\r\n%s", to, value, filler)
+			}
+			head := "GET / HTTP/1.1\r\nHost: a\r\n"
+			for _, trusted := range []bool{false, true} {
+				prefixes := []string{"192.0.2.0/24"}
+				if trusted {
+					prefixes = []string{"198.18.0.0/15"}
+				}
+				g := newRigOf(t, 16, oneServer, keepIdle, xff.set, trust(prefixes...))
+				k := newChat(g, c1, 100)
+				k.cut(head+claims.String()+"\r\n", 1+rnd.IntN(200))
+				if n > len(http1.RequestHead{}.ForwardedNames) && !trusted {
+					if !strings.HasPrefix(string(k.got), "HTTP/1.1 400 ") || len(k.order) != 0 || k.count(ReasonForwardedFields) != 1 {
+						t.Fatalf("%d fields: %q, %d server connections", n, k.got, len(k.order))
+					}
+					continue
+				}
+				want := head + neutral.String() + xff.line + "\r\n"
+				if trusted {
+					want = head + claims.String() + xff.line + "\r\n"
+				}
+				k.want(fmt.Sprintf("%d fields, trusted %v", n, trusted), string(k.server(0).got), want)
+				k.reply(k.server(0), okEmpty)
+				if k.pooled() != 1 {
+					t.Fatalf("%d fields, trusted %v: not pooled", n, trusted)
+				}
+			}
+		}
+	}
+}
+
 // TestOverlayUnderTCP: what is inserted and overwritten stays the same, and at
 // the same numbers, under lost, repeated and differently cut segments and
 // under selective acknowledgments, for every place of the cut.
