@@ -19,8 +19,9 @@ const observePace = time.Second
 
 // telling are the engine's reasons that become events when they are counted.
 var telling = append([]engine.Reason{
-	engine.ReasonTableFull, engine.ReasonConnectionLimit, engine.ReasonClientLimit, engine.ReasonNoPort, engine.ReasonWaitingFull, engine.ReasonBadResponse,
-	engine.ReasonExtraBytes, engine.ReasonIdleBytes, engine.ReasonAckCausality, engine.ReasonTruncatedResponse,
+	engine.ReasonTableFull, engine.ReasonConnectionLimit, engine.ReasonClientLimit, engine.ReasonEmbryosFull, engine.ReasonTombsFull,
+	engine.ReasonKeptFull, engine.ReasonResetLimit, engine.ReasonAskFull, engine.ReasonNoPort, engine.ReasonWaitingFull, engine.ReasonWaitTimeout,
+	engine.ReasonBadResponse, engine.ReasonExtraBytes, engine.ReasonIdleBytes, engine.ReasonAckCausality, engine.ReasonTruncatedResponse,
 }, engine.Refusals()...)
 
 // observer remembers what was counted at the last look.
@@ -30,6 +31,7 @@ type observer struct {
 	refused map[uint16]uint64                 // by farm.Farm.ID
 	reasons [engine.Reasons]uint64
 	plugins map[string]host.State
+	dropped []uint64 // by shard, packets that the kernel could not queue
 }
 
 // observe makes events of counters that moved, until ctx ends.
@@ -77,12 +79,45 @@ func (o *observer) look() {
 		}
 		o.reasons[r] = n
 	}
+	o.queues()
 	for _, p := range o.m.host.Status() {
 		if was, known := o.plugins[p.Plugin]; was != p.State {
 			o.plugin(&p, known)
 		}
 		o.plugins[p.Plugin] = p.State
 	}
+}
+
+// queues tells of packets that found a kernel queue full. To TCP they are lost
+// packets.
+func (o *observer) queues() {
+	for i, s := range o.m.shards {
+		if len(o.dropped) == i {
+			o.dropped = append(o.dropped, 0)
+		}
+		st := s.queue.Stats()
+		n := st.Kernel.DroppedQueueFull + st.Kernel.DroppedUser
+		if st.KernelErr != nil || n <= o.dropped[i] {
+			continue
+		}
+		more := n - o.dropped[i]
+		o.dropped[i] = n
+		o.m.event(control.Event{
+			Name: control.EventQueueOverflow, Level: control.LevelWarn, Count: more,
+			Text: fmt.Sprintf("the queue of %s was full: the kernel dropped %d packets", s.name(i-2), more),
+		})
+	}
+}
+
+// name says what a thread does; n is the number of a shard.
+func (s *shard) name(n int) string {
+	switch s.role {
+	case roleSYN:
+		return "SYNs"
+	case roleControl:
+		return "ICMP errors"
+	}
+	return fmt.Sprintf("shard %d", n)
 }
 
 func (o *observer) server(f *farm.Farm, s *farm.Server) {

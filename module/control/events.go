@@ -43,6 +43,7 @@ const (
 	EventFlowKilled      = "flow-killed"
 	EventPlugin          = "plugin-state"
 	EventServerFailed    = "server-failed"
+	EventQueueOverflow   = "queue-overflow" // the kernel dropped packets that found a queue full
 	EventFarmWaits       = "farm-waits" // requests were refused or timed out in the waiting line
 	EventLost            = "lost"       // made for a reader who was too slow
 )

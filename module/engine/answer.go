@@ -309,7 +309,9 @@ func (e *Engine) removeClient(r splice.Ref, c *splice.Client) {
 	}
 	b := flowBrief(e.clients.Key(r), c.IRS, c.ISS, how)
 	b.SndNxt = c.SndNxt
-	e.tombs.Put(b, e.seconds())
+	if e.tombs.Put(b, e.seconds()) {
+		e.Count.add(ReasonTombsFull)
+	}
 	e.armSweep()
 	e.leave(e.clients.Key(r).Src.Addr, c)
 	c.State = splice.ClientFree

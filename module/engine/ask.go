@@ -124,7 +124,11 @@ func (e *Engine) ask(r splice.Ref, c *splice.Client, f *farm.Farm, d *side, sel 
 	begin := len(key)
 	key, ok := sel.AppendKey(key, index, req, &e.scratch)
 	q.key = key
-	if !ok || len(q.open) >= maxQuestions {
+	if ok && len(q.open) >= maxQuestions {
+		e.Count.add(ReasonAskFull)
+		ok = false
+	}
+	if !ok {
 		st.Late.Add(1)
 		d.answered = append(d.answered, answerOf{policy, noAnswer})
 		return true

@@ -205,7 +205,10 @@ func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
 		if b := e.embryos.Get(key, e.seconds()); b == nil || b.IRS != isn || b.ISS != iss {
 			b := flowBrief(key, isn, iss, opt)
 			b.Octave = octave
-			e.embryos.Put(b, e.seconds())
+			if e.embryos.Put(b, e.seconds()) {
+				// The evicted one can still ask while its cookie lives.
+				e.Count.add(ReasonEmbryosFull)
+			}
 			e.armSweep()
 		}
 		return 0
@@ -561,6 +564,7 @@ func (e *Engine) statelessReset(key *packet.Tuple, p *packet.TCP) {
 		e.rstSlot, e.rstCount = s, 0
 	}
 	if e.rstCount >= 1000 {
+		e.Count.add(ReasonResetLimit)
 		return
 	}
 	e.rstCount++

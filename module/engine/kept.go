@@ -82,6 +82,9 @@ func (s *kepts) keep(i *uint32, p *packet.TCP, ev *Event) bool {
 		}
 	}
 	if len(k.list) >= maxKeptPackets || k.bytes+len(p.Raw) > maxKeptBytes || s.bytes+len(p.Raw) > maxKeptTotal {
+		if len(k.list) == 0 {
+			s.drop(i) // nothing to remember
+		}
 		return false
 	}
 	at := len(k.list)
@@ -144,14 +147,18 @@ func (s *kepts) sackOption(dst []byte, i uint32, newest packet.Seq) []byte {
 // duplicate ACK that makes the client repair the gap within a round trip.
 func (e *Engine) keepClient(r splice.Ref, c *splice.Client, p *packet.TCP, ev *Event) {
 	e.Count.add(ReasonBeyondFrontier)
-	e.kepts.keep(&c.Kept, p, ev)
+	if !e.kepts.keep(&c.Kept, p, ev) {
+		e.Count.add(ReasonKeptFull)
+	}
 	e.dupACK(r, c, p.Seq())
 }
 
 // keepServer does the same for a server's segment.
 func (e *Engine) keepServer(s splice.Ref, v *splice.Server, p *packet.TCP, ev *Event) {
 	e.Count.add(ReasonBeyondFrontier)
-	e.kepts.keep(&v.Kept, p, ev)
+	if !e.kepts.keep(&v.Kept, p, ev) {
+		e.Count.add(ReasonKeptFull)
+	}
 	e.gapServer(s, v, p.Seq())
 }
 

@@ -28,6 +28,10 @@ const (
 	ReasonTableFull
 	ReasonConnectionLimit
 	ReasonClientLimit
+	ReasonEmbryosFull
+	ReasonTombsFull
+	ReasonKeptFull
+	ReasonResetLimit
 	ReasonAckBeyond
 	ReasonOutOfWindow
 	ReasonBlindReset
@@ -82,6 +86,7 @@ const (
 	ReasonWaitTimeout
 	ReasonNoPort
 	ReasonSurge
+	ReasonAskFull
 	ReasonPreopened
 	ReasonICMPTranslated
 	ReasonICMPForeign
@@ -184,7 +189,7 @@ func answered(status int) Reason {
 var reasonNames = [reasonCount]string{
 	"none",
 	"malformed", "fragment", "bad-checksum", "truncated-copy", "unknown-client", "unknown-server", "bad-cookie",
-	"tombstone", "table-full", "connection-limit", "client-limit", "ack-beyond", "out-of-window", "blind-reset", "beyond-frontier", "beyond-window", "old-epoch",
+	"tombstone", "table-full", "connection-limit", "client-limit", "embryos-full", "tombstones-full", "kept-full", "reset-limit", "ack-beyond", "out-of-window", "blind-reset", "beyond-frontier", "beyond-window", "old-epoch",
 	"stateless-reset", "stateless-fin", "challenge-ack", "early-ack", "own-answer",
 	"client-fin", "client-reset", "client-idle", "client-silent", "head-timeout", "aborted-request", "served",
 	"truncated-response", "bad-response", "stopped",
@@ -192,7 +197,7 @@ var reasonNames = [reasonCount]string{
 	"idle-bytes", "isolated", "early-response", "ack-causality", "idle-timeout", "max-requests", "max-age", "max-idle",
 	"drain-limit", "server-gone",
 	"redispatch-proof", "redispatch-idempotent", "redispatch-connect",
-	"accepted", "retransmitted", "drained", "waited", "waiting-full", "wait-timeout", "no-port", "surge", "preopened",
+	"accepted", "retransmitted", "drained", "waited", "waiting-full", "wait-timeout", "no-port", "surge", "ask-full", "preopened",
 	"icmp-translated", "icmp-foreign", "icmp-ignored", "ack-loop", "reincarnated",
 	"killed", "vip-gone",
 	"route-unsafe", "forwarded-fields", "body-refused", "slow-body", "expect-held", "unasked-switch",
