@@ -3,6 +3,7 @@
 package engine
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
@@ -74,6 +75,31 @@ func BenchmarkExchange(b *testing.B) {
 		if ev.Verdict != Rewrite {
 			b.Fatal("not rewritten")
 		}
+	}
+}
+
+// BenchmarkHeadByteByByte is a head whose bytes come one in a segment; the time
+// for a byte must not grow with the head.
+func BenchmarkHeadByteByByte(b *testing.B) {
+	for _, size := range []int{4 << 10, 16 << 10, 64 << 10} {
+		b.Run(fmt.Sprintf("%dKiB", size>>10), func(b *testing.B) {
+			head := longHead(size)
+			var out Output
+			for b.Loop() {
+				g := newRigOf(&testing.T{}, 16, oneServer)
+				seq, a := g.open(c1, 100, 9000)
+				p := g.raw(c1, vip, seg{fl: ack | psh, seq: seq, ack: a, data: "x"})
+				n := len(p)
+				for i := range size {
+					set(p, seq+packet.Seq(i), a)
+					p[n-1] = head[i]
+					out.Reset()
+					ev := Event{Kind: Packet, Checksum: packet.ChecksumVerified, Data: p}
+					g.e.Step(g.now, &ev, &out)
+				}
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(size), "ns/byte")
+		})
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/weirgate/weir/module/farm"
+	"github.com/weirgate/weir/module/http1"
 	"github.com/weirgate/weir/module/packet"
 )
 
@@ -501,6 +502,36 @@ func TestOneByteSegments(t *testing.T) {
 	}
 	a.hangUp()
 	g.idle(1)
+}
+
+// TestLongHeadByteByByte: the largest head that is accepted, one byte in a
+// segment, is served; one byte more is refused. BenchmarkHeadByteByByte says
+// what a byte costs.
+func TestLongHeadByteByByte(t *testing.T) {
+	limit := int(http1.DefaultLimits().Head)
+	for _, size := range []int{limit, limit + 1} {
+		g := newRigOf(t, 16, oneServer, keepIdle)
+		k := newChat(g, c1, 100)
+		head := longHead(size)
+		k.cut(head, 1)
+		if size > limit {
+			if !strings.HasPrefix(string(k.got), "HTTP/1.1 431 ") || len(k.order) != 0 {
+				t.Errorf("%d bytes: %q, %d server connections", size, k.got, len(k.order))
+			}
+			continue
+		}
+		k.want("the server", string(k.server(0).got), head)
+		k.reply(k.server(0), okEmpty)
+		if string(k.got) != okEmpty || k.pooled() != 1 {
+			t.Errorf("%d bytes: %q, %d pooled", size, k.got, k.pooled())
+		}
+	}
+}
+
+// longHead is a request head of n bytes.
+func longHead(n int) string {
+	const start, end = "GET / HTTP/1.1\r\nHost: a\r\nX: ", "\r\n\r\n"
+	return start + strings.Repeat("x", n-len(start)-len(end)) + end
 }
 
 // TestStatelessFlood: data, ACK, FIN and RST segments of connections that

@@ -88,6 +88,38 @@ func run(args []string, w io.Writer) error {
 			fmt.Fprintf(tw, "%s\t%d\t%s\t%.0f\t%.0f\t%s\t%.2f\t\n", h.name, len(h.text), s.name, s.best, float64(len(h.text))/s.best*1e3, mallocs, s.best/list[0].best)
 		}
 	}
+	if err := tw.Flush(); err != nil {
+		return err
+	}
+	fmt.Fprintln(w)
+	return growth(w, *rounds, *round)
+}
+
+// growth shows that time is linear in bytes: nanoseconds per byte of heads of
+// growing length, whole and one byte at a time.
+func growth(w io.Writer, rounds int, round time.Duration) error {
+	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintf(tw, "bytes\tns/byte, whole\tns/byte, one at a time\t\n")
+	for _, size := range []int{1 << 10, 4 << 10, 16 << 10, 64 << 10} {
+		text := lines("GET / HTTP/1.1", "Host: x", "Cookie: ")
+		text = lines("GET / HTTP/1.1", "Host: x", "Cookie: "+strings.Repeat("a", size-len(text)))
+		var list []*scanner
+		for _, piece := range []int{len(text), 1} {
+			lim := http1.DefaultLimits()
+			var r http1.RequestHead
+			list = append(list, timed("weir", func() bool {
+				r.Reset()
+				for i := 0; i < len(text); i += piece {
+					r.Scan(text[i:min(i+piece, len(text))], &lim, nil)
+				}
+				return int(r.Len) == len(text) && r.Outcome == http1.Accept && r.LineEnd != 0
+			}))
+		}
+		if err := measure(list, max(1, rounds/4), round); err != nil {
+			return fmt.Errorf("a head of %d bytes: %w", size, err)
+		}
+		fmt.Fprintf(tw, "%d\t%.3f\t%.2f\t\n", len(text), list[0].best/float64(len(text)), list[1].best/float64(len(text)))
+	}
 	return tw.Flush()
 }
 
@@ -96,11 +128,11 @@ func measure(list []*scanner, rounds int, round time.Duration) error {
 	n := make([]int, len(list))
 	for i, s := range list {
 		s.best = math.Inf(1)
-		took, err := s.scan(100)
+		took, err := s.scan(10)
 		if err != nil {
 			return fmt.Errorf("%s: %w", s.name, err)
 		}
-		n[i] = max(10, int(float64(round)/float64(took)*100))
+		n[i] = max(1, int(float64(round)/float64(took)*10))
 	}
 	for range rounds {
 		for i, s := range list {
