@@ -281,7 +281,7 @@ func (r *rig) params() nft.Params {
 	return p
 }
 
-// metric reads a metric without labels.
+// metric reads a metric by its name with labels, as it is written.
 func (r *rig) metric(name string) float64 {
 	r.t.Helper()
 	resp, err := r.Router.HTTPClient(lab.HTTPClientOptions{Close: true, Timeout: 20 * time.Second}).Get("http://127.0.0.1:9464/metrics")
@@ -295,7 +295,10 @@ func (r *rig) metric(name string) float64 {
 	}
 	for line := range strings.Lines(string(b)) {
 		var v float64
-		if _, err := fmt.Sscanf(line, name+" %g", &v); err == nil {
+		if value, ok := strings.CutPrefix(line, name+" "); ok {
+			if _, err := fmt.Sscan(value, &v); err != nil {
+				r.t.Fatal(err)
+			}
 			return v
 		}
 	}
