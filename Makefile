@@ -88,4 +88,4 @@ clean: ## remove bin and build
 test-vm: build ## end-to-end tests on a stock kernel in a virtual machine
 	@internal/build/deps.sh qemu-system-x86 cpio
 	integration/vm/kernel.sh build/vm
-	WEIR_VM=$(CURDIR)/build/vm $(GO) test -count=1 -timeout 12m -v ./integration/vm
+	WEIR_VM=$(CURDIR)/build/vm WEIR_REQUIRE=vm,qemu-system-x86_64,cpio $(GO) test -count=1 -timeout 12m -v ./integration/vm

@@ -24,10 +24,15 @@ type wire struct {
 	front func(netip.AddrPort) bool
 	// never reports packets that have no business here, such as a client's
 	// address on the servers' side.
-	never func(ladder.Segment) bool
-	conns map[pair]*spaces
-	bad   []string
-	seen  int
+	never  func(ladder.Segment) bool
+	conns  map[pair]*spaces
+	strays map[pair]uint32 // last acknowledgments of peers that have no connection here
+	bad    []string
+	seen   int
+}
+
+func newWire(front func(netip.AddrPort) bool, never func(ladder.Segment) bool) *wire {
+	return &wire{front: front, never: never, conns: map[pair]*spaces{}, strays: map[pair]uint32{}}
 }
 
 type pair struct{ engine, peer netip.AddrPort }
@@ -69,7 +74,13 @@ func (w *wire) judge(s ladder.Segment) {
 		w.conns[k] = c
 	}
 	if c == nil {
-		if fromEngine {
+		// What a takeover or a restart has left of a connection that began
+		// elsewhere is reset, by the number that its peer asks for
+		// (RFC 9293, section 3.5.2).
+		switch ack, asked := w.strays[k]; {
+		case !fromEngine && s.Flags&ladder.ACK != 0:
+			w.strays[k] = s.Ack
+		case fromEngine && (!asked || s.Flags&ladder.RST == 0 || s.Seq != ack):
 			w.say(s, "belongs to no connection of this side")
 		}
 		return
@@ -157,7 +168,7 @@ func (r *rig) watchOn(legs ...leg) *watch {
 	var names []string
 	for _, l := range legs {
 		names = append(names, l.iface)
-		w.legs[l.iface] = &wire{conns: map[pair]*spaces{}, front: l.front, never: l.never}
+		w.legs[l.iface] = newWire(l.front, l.never)
 	}
 	var err error
 	if w.on, err = r.Router.CaptureOn(lab.CaptureOptions{SnapLen: 120, Buffer: 256 << 20}, names...); err != nil {
@@ -202,7 +213,9 @@ func TestWireControl(t *testing.T) {
 	seg := func(src, dst netip.AddrPort, flags uint8, seq, ack uint32) ladder.Segment {
 		return ladder.Segment{Time: time.Unix(0, 0), Src: src, Dst: dst, Flags: flags, Seq: seq, Ack: ack}
 	}
+	left := netip.MustParseAddrPort("198.18.0.11:42000")
 	open := []ladder.Segment{
+		seg(left, vip, ladder.ACK, 200, 300),
 		seg(client, vip, ladder.SYN, 1000, 0),
 		seg(vip, client, ladder.SYN|ladder.ACK, 4_000_000_000, 1001),
 		seg(client, vip, ladder.ACK, 1001, 4_000_000_001),
@@ -219,12 +232,12 @@ func TestWireControl(t *testing.T) {
 		{"untranslated acknowledgment", seg(vip, client, ladder.ACK, 4_000_000_001, 2_000_000_000), 1},
 		{"reset of the router's own", seg(vip, client, ladder.RST, 1001, 0), 1},
 		{"no connection", seg(vip, netip.MustParseAddrPort("198.18.0.11:41000"), ladder.ACK, 4_000_000_001, 1101), 1},
+		{"reset of what began elsewhere", seg(vip, left, ladder.RST, 300, 0), 0},
+		{"reset by another number", seg(vip, left, ladder.RST, 301, 0), 1},
+		{"more than a reset of it", seg(vip, left, ladder.ACK, 300, 0), 1},
 		{"a server's address", seg(server, client, ladder.ACK, 1, 1), 1},
 	} {
-		w := &wire{
-			conns: map[pair]*spaces{}, front: func(a netip.AddrPort) bool { return a == vip },
-			never: func(s ladder.Segment) bool { return s.Src == server },
-		}
+		w := newWire(func(a netip.AddrPort) bool { return a == vip }, func(s ladder.Segment) bool { return s.Src == server })
 		for _, s := range append(slices.Clone(open), c.more) {
 			w.judge(s)
 		}

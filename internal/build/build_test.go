@@ -79,7 +79,7 @@ func TestDeps(t *testing.T) {
 			// The programs that deps.sh looks for are all there: only the
 			// package that is named is missing.
 			bin := fakes(t, map[string]string{
-				"nginx": "", "apache2": "", "haproxy": "", "lighttpd": "", "curl": "", "ab": "", "wrk": "", "nft": "", "sysctl": "",
+				"nginx": "", "apache2": "", "haproxy": "", "lighttpd": "", "curl": "", "ab": "", "wrk": "", "nft": "", "sysctl": "", "iptables-nft": "", "keepalived": "",
 				"tshark": "", "promtool": "", "systemd-analyze": "",
 				"gcc": "", "dpkg-query": "echo " + status, "apt-cache": "exit 0", "id": "echo 0",
 				"apt-get": `case "$*" in

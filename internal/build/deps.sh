@@ -42,6 +42,8 @@ need curl curl         # clients
 need ab apache2-utils
 need wrk wrk
 need nft nftables # foreign tables, and what ours looks like from outside
+need iptables-nft iptables
+need keepalived keepalived # two routers that take over from each other
 need sysctl procps
 need tc iproute2
 need protoc protobuf-compiler # the example of a plugin in Python
