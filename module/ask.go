@@ -11,6 +11,7 @@ import (
 
 	"github.com/weirgate/weir/module/engine"
 	"github.com/weirgate/weir/module/packet"
+	"github.com/weirgate/weir/nft"
 	"github.com/weirgate/weir/policies"
 	"github.com/weirgate/weir/policies/snapshot"
 )
@@ -41,7 +42,38 @@ func (s *shard) askPlugins() {
 		}()
 	}
 	for _, b := range s.out.Bans {
-		s.m.bans.add(b.Client, s.m.clock.now()+int64(b.Seconds)*int64(time.Second), s.m.clock.now())
+		d := time.Duration(b.Seconds) * time.Second
+		s.m.bans.add(b.Client, s.m.clock.now()+int64(d), s.m.clock.now())
+		select {
+		case s.m.banned <- nft.Ban{Client: b.Client.Netip(), For: d}:
+		default: // there are too many for the kernel's set; the list has it
+		}
+	}
+}
+
+// banLoop puts banned clients into the kernel's sets, many at a time, until ctx
+// ends. Until that is done, and where it cannot be done, the list of bans keeps
+// them away.
+func (m *Module) banLoop(ctx context.Context) {
+	for {
+		var list []nft.Ban
+		select {
+		case <-ctx.Done():
+			return
+		case b := <-m.banned:
+			list = append(list, b)
+		}
+		for more := true; more && len(list) < cap(m.banned); {
+			select {
+			case b := <-m.banned:
+				list = append(list, b)
+			default:
+				more = false
+			}
+		}
+		if err := m.onThread(ctx, func() error { return m.firewall.Ban(list) }); err != nil && ctx.Err() == nil {
+			m.log.Warn("banned clients are kept away by this process alone", "clients", len(list), "error", err)
+		}
 	}
 }
 
@@ -63,14 +95,15 @@ func (m *Module) askPlugin(q *engine.Question) (*snapshot.Answer, time.Duration)
 }
 
 // bans are the clients that plugins want to be kept away: their packets are
-// dropped until the ban is over.
+// dropped until the ban is over, also those that were queued before the kernel
+// knew.
 type bans struct {
 	mu   sync.Mutex                            // of those who change it
 	list atomic.Pointer[map[packet.Addr]int64] // never changed in place; nil: none
 }
 
 // maxBans bounds the bans. What comes beyond is not banned.
-const maxBans = 65536
+const maxBans = nft.MaxBans
 
 func (b *bans) add(a packet.Addr, until, now int64) {
 	b.mu.Lock()

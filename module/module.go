@@ -82,8 +82,9 @@ type Module struct {
 		// database.
 		held bool
 	}
-	op   operation
-	bans bans
+	op     operation
+	bans   bans
+	banned chan nft.Ban // for banLoop
 
 	network   *host.Network // of the thread of Run, for plugins that probe
 	host      *host.Host
@@ -127,7 +128,7 @@ func New(cfg *config.Config, opt Options) (*Module, error) {
 	}
 	m := &Module{
 		opt: opt, log: opt.Log, clock: newClock(),
-		calls: make(chan func()), serving: make(chan struct{}), ended: make(chan struct{}),
+		calls: make(chan func()), banned: make(chan nft.Ban, 1024), serving: make(chan struct{}), ended: make(chan struct{}),
 	}
 	m.conf.Store(cfg)
 	m.op.file = cfg
@@ -284,7 +285,7 @@ func (m *Module) Run(ctx context.Context) (err error) {
 	})
 	var operating context.CancelFunc
 	m.life, operating = context.WithCancel(ctx)
-	for _, f := range []func(context.Context){m.watch, m.drainLoop, m.observe, m.keepSysctls} {
+	for _, f := range []func(context.Context){m.watch, m.drainLoop, m.observe, m.keepSysctls, m.banLoop} {
 		threads.Go(func() { f(m.life) })
 	}
 	give.add(func() error {

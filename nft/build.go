@@ -42,6 +42,7 @@ const (
 	CounterMisplaced   = "misplaced"    // a server's address on a wrong interface, dropped
 	CounterGuard       = "guard"        // addressed to a SNIP port, dropped before the router's own TCP
 	CounterUntracked   = "untracked"    // marked packets that conntrack was kept from
+	CounterBanned      = "banned"       // from banned clients to a VIP, dropped
 )
 
 // Names of the sets that follow the configuration; each exists for family 4
@@ -51,6 +52,7 @@ const (
 	setVIPAddrs = "vip_addrs" // their addresses alone, for ICMP and fragments
 	setServers  = "servers"   // address . port
 	setSNIPs    = "snips"     // addresses
+	setBans     = "bans"      // clients that are kept away, each for its time
 	setExcept   = "except_ports"
 	setStrict   = "strict_rp"
 )
@@ -145,6 +147,7 @@ func (b *builder) sets() {
 		add(setVIPAddrs+f.suffix, addr, addrs)
 		add(setServers+f.suffix, pairs, servers)
 		add(setSNIPs+f.suffix, addr, snips)
+		b.r.Sets = append(b.r.Sets, Set{Name: setBans + f.suffix, Type: addr, Timeout: true})
 	}
 	var except, strict []Element
 	for _, port := range b.p.ExceptPorts {
@@ -206,8 +209,12 @@ func (b *builder) divert() {
 	c := Chain{
 		Name: "divert", Hook: "prerouting", Priority: priorityDivert,
 		Comment: "Packets of diverted flows go to the engine; what it rewrote comes by with the\n" +
-			"mark. A fragment that nobody reassembled cannot be told apart: never pass it.",
+			"mark. A fragment that nobody reassembled cannot be told apart: never pass it.\n" +
+			"A policy may ban clients; their new connections end here too.",
 		Rules: []Rule{b.rule(b.ours(), returns())},
+	}
+	for _, f := range families {
+		c.Rules = append(c.Rules, b.rule(f.sourceIn(setBans+f.suffix), f.concatIn(true, setVIPs+f.suffix), b.count(CounterBanned), drop()))
 	}
 	for _, f := range families {
 		for _, set := range []string{setVIPAddrs, setSNIPs} {

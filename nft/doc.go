@@ -30,6 +30,7 @@
 //		counter spoof { }
 //		counter reverse_path { }
 //		counter misplaced { }
+//		counter banned { }
 //		counter fragment { }
 //		counter client { }
 //		counter server { }
@@ -58,6 +59,11 @@
 //			elements = { 198.51.100.1 }
 //		}
 //
+//		set bans4 {
+//			type ipv4_addr
+//			flags timeout
+//		}
+//
 //		set vips6 {
 //			type ipv6_addr . inet_service
 //		}
@@ -72,6 +78,11 @@
 //
 //		set snips6 {
 //			type ipv6_addr
+//		}
+//
+//		set bans6 {
+//			type ipv6_addr
+//			flags timeout
 //		}
 //
 //		set except_ports {
@@ -103,9 +114,12 @@
 //
 //		# Packets of diverted flows go to the engine; what it rewrote comes by with the
 //		# mark. A fragment that nobody reassembled cannot be told apart: never pass it.
+//		# A policy may ban clients; their new connections end here too.
 //		chain divert {
 //			type filter hook prerouting priority raw - 1; policy accept;
 //			meta mark & 0xff000000 == 0x57000000 return
+//			ip saddr @bans4 ip daddr . tcp dport @vips4 counter name "banned" drop
+//			ip6 saddr @bans6 ip6 daddr . tcp dport @vips6 counter name "banned" drop
 //			ip frag-off & 0x3fff != 0 meta l4proto tcp ip daddr @vip_addrs4 counter name "fragment" drop
 //			ip frag-off & 0x3fff != 0 meta l4proto tcp ip daddr @snips4 counter name "fragment" drop
 //			meta l4proto tcp ip6 daddr @vip_addrs6 exthdr frag exists counter name "fragment" drop

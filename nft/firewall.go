@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -36,8 +37,9 @@ type Firewall struct {
 	p     Params
 	k     Kernel
 	r     *Ruleset
-	owner *conn // nil without k.Owner, and after Remove
-	gone  bool  // after Remove
+	owner *conn                    // nil without k.Owner, and after Remove
+	gone  bool                     // after Remove
+	bans  map[netip.Addr]time.Time // until when
 
 	// Of a Watcher, where the table is not owned.
 	guard    *Guard
@@ -127,7 +129,7 @@ func (f *Firewall) Ruleset() *Ruleset {
 func (f *Firewall) install() error { return f.put(rulesetBatch) }
 
 func (f *Firewall) put(encode func(*Ruleset, Kernel) (*batch, error)) error {
-	b, err := encode(f.r, f.k)
+	b, err := encode(f.withBans(), f.k)
 	if err != nil {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+	"time"
 
 	"github.com/google/nftables/expr"
 )
@@ -38,13 +39,15 @@ const (
 type Set struct {
 	Name     string
 	Type     SetType
+	Timeout  bool // elements go by themselves, and are not the configuration's
 	Elements []Element
 }
 
 // Element is one set element: as nft prints it, and the key's bytes.
 type Element struct {
-	Text string
-	key  []byte
+	Text    string
+	key     []byte
+	timeout time.Duration // 0: it stays
 }
 
 // Chain is one chain. Hook is empty for a chain that is only gone to, or, in
@@ -138,6 +141,9 @@ func (r *Ruleset) Text() string {
 	for i := range r.Sets {
 		s := &r.Sets[i]
 		fmt.Fprintf(&b, "\n\tset %s {\n\t\ttype %s\n", s.Name, s.Type)
+		if s.Timeout {
+			b.WriteString("\t\tflags timeout\n")
+		}
 		if len(s.Elements) > 0 {
 			text := make([]string, len(s.Elements))
 			for j, e := range s.Elements {

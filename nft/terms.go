@@ -191,6 +191,13 @@ func (f *ipFamily) destinationIn(set string) term {
 	}
 }
 
+func (f *ipFamily) sourceIn(set string) term {
+	return term{
+		text: fmt.Sprintf("%s saddr @%s", f.word, set), nf: f.nf,
+		exprs: []expr.Any{network(reg1, f.src, f.addrLen), lookup(set, false)},
+	}
+}
+
 // fragmented matches any fragment: more fragments to come, or an offset (RFC
 // 791 section 3.1), or a fragment header (RFC 8200 section 4.5).
 func (f *ipFamily) fragmented() term {

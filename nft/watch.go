@@ -446,6 +446,23 @@ func tableExists(table string) (bool, error) {
 	return err == nil, err
 }
 
+// eachElement calls f for every element of a set.
+func (c *conn) eachElement(table, set string, f func(attrs) error) error {
+	body := []netlink.Attribute{
+		{Type: unix.NFTA_SET_ELEM_LIST_TABLE, Data: []byte(table + "\x00")},
+		{Type: unix.NFTA_SET_ELEM_LIST_SET, Data: []byte(set + "\x00")},
+	}
+	return c.list(unix.NFT_MSG_GETSETELEM, unix.NFPROTO_INET, body, func(_ byte, a attrs) error {
+		return eachAttr(a[unix.NFTA_SET_ELEM_LIST_ELEMENTS], func(_ uint16, v []byte) error {
+			el, err := parseAttrs(v)
+			if err != nil {
+				return err
+			}
+			return f(el)
+		})
+	})
+}
+
 // fingerprint is what stands in the kernel under our table's name, in a form
 // that does not depend on counters and handles; empty when it is not there.
 func fingerprint(r *Ruleset) (string, error) {
@@ -480,17 +497,13 @@ func fingerprint(r *Ruleset) (string, error) {
 	)
 	// Elements have no order; chains, sets and rules are listed in theirs.
 	for i := range r.Sets {
-		body := []netlink.Attribute{
-			{Type: unix.NFTA_SET_ELEM_LIST_TABLE, Data: []byte(r.Table + "\x00")},
-			{Type: unix.NFTA_SET_ELEM_LIST_SET, Data: []byte(r.Sets[i].Name + "\x00")},
+		if r.Sets[i].Timeout {
+			continue // its elements go by themselves
 		}
 		n := len(parts)
-		e := c.list(unix.NFT_MSG_GETSETELEM, unix.NFPROTO_INET, body, func(_ byte, a attrs) error {
-			return eachAttr(a[unix.NFTA_SET_ELEM_LIST_ELEMENTS], func(_ uint16, v []byte) error {
-				el, err := parseAttrs(v)
-				parts = append(parts, r.Sets[i].Name+" "+string(el[unix.NFTA_SET_ELEM_KEY]))
-				return err
-			})
+		e := c.eachElement(r.Table, r.Sets[i].Name, func(el attrs) error {
+			parts = append(parts, r.Sets[i].Name+" "+string(el[unix.NFTA_SET_ELEM_KEY]))
+			return nil
 		})
 		if !errors.Is(e, unix.ENOENT) {
 			err = errors.Join(err, e)

@@ -192,6 +192,9 @@ func renewBatch(r *Ruleset, k Kernel) (*batch, error) {
 	e.conn.FlushTable(e.table)
 	e.did(1, "flush table inet %s", r.Table)
 	for i := range r.Sets {
+		if r.Sets[i].Timeout {
+			continue // what holds for its time goes on
+		}
 		e.conn.FlushSet(&nftables.Set{Table: e.table, Name: r.Sets[i].Name})
 		e.did(1, "flush set %s", r.Sets[i].Name)
 	}
@@ -319,7 +322,7 @@ func (e *encoder) namedSet(s *Set) *nftables.Set {
 	if s.Type == SetIfname {
 		order = binaryutil.NativeEndian
 	}
-	return &nftables.Set{Table: e.table, ID: e.nextID(), Name: s.Name, KeyType: t, KeyByteOrder: order}
+	return &nftables.Set{Table: e.table, ID: e.nextID(), Name: s.Name, KeyType: t, KeyByteOrder: order, HasTimeout: s.Timeout}
 }
 
 func (e *encoder) elements(s *nftables.Set, all []Element) {
@@ -327,10 +330,23 @@ func (e *encoder) elements(s *nftables.Set, all []Element) {
 		n := min(len(all), elementsPerMessage)
 		part := make([]nftables.SetElement, n)
 		for i := range part {
-			part[i].Key = all[i].key
+			part[i].Key, part[i].Timeout = all[i].key, all[i].timeout
 		}
 		e.fail(e.conn.SetAddElements(s, part))
 		e.did(1, "add %d elements to set %s", n, s.Name)
+		all = all[n:]
+	}
+}
+
+func (e *encoder) deleteElements(s *nftables.Set, all []Element) {
+	for len(all) > 0 {
+		n := min(len(all), elementsPerMessage)
+		part := make([]nftables.SetElement, n)
+		for i := range part {
+			part[i].Key = all[i].key
+		}
+		e.fail(e.conn.SetDeleteElements(s, part))
+		e.did(1, "delete %d elements of set %s", n, s.Name)
 		all = all[n:]
 	}
 }

@@ -206,7 +206,7 @@ func everything(t *testing.T) map[string]*dto.MetricFamily {
 		out := map[string]nft.Counter{}
 		for _, c := range []string{
 			nft.CounterClient, nft.CounterServer, nft.CounterSYN, nft.CounterICMP, nft.CounterFragment, nft.CounterSpoof,
-			nft.CounterReversePath, nft.CounterMisplaced, nft.CounterGuard, nft.CounterUntracked,
+			nft.CounterReversePath, nft.CounterMisplaced, nft.CounterGuard, nft.CounterUntracked, nft.CounterBanned,
 		} {
 			out[c] = nft.Counter{}
 		}
