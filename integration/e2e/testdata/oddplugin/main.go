@@ -47,7 +47,7 @@ func (o *odd) Decide(farm policies.Farm, q *policies.Question) (*policies.Answer
 	case strings.HasPrefix(q.Path, "/forbidden"):
 		return &policies.Answer{Reject: 403}, nil
 	case strings.HasPrefix(q.Path, "/banned"):
-		return &policies.Answer{Reject: 403, Ban: time.Second}, nil
+		return &policies.Answer{Reject: 403, Ban: 3 * time.Second}, nil
 	case strings.HasPrefix(q.Path, "/marked"):
 		return &policies.Answer{Servers: last, Mark: 0x10}, nil
 	}
