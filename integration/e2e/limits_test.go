@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -303,6 +304,7 @@ func overflow(t *testing.T, backend string) {
 	if full == 0 {
 		t.Error("the kernel counts no loss")
 	}
+	until(t, 10*time.Second, "the event of the full queue", func() bool { return strings.Contains(r.mustWeir("events"), "queue-overflow") })
 	for i, err := range c.errors {
 		if i == 10 {
 			t.Errorf("… and %d more", len(c.errors)-i)

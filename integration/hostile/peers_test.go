@@ -439,5 +439,9 @@ func TestConnectionBoundAuthentication(t *testing.T) {
 	if len(l.shared) > 0 {
 		t.Errorf("connections in two names: %q", clip(l.shared))
 	}
+	// The negative control: who did not authenticate did share connections.
+	if c := r.counts(); c.Reused < 50 {
+		t.Errorf("only %d requests found a pooled connection: the rig tests nothing", c.Reused)
+	}
 	r.stop()
 }

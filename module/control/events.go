@@ -44,8 +44,8 @@ const (
 	EventPlugin          = "plugin-state"
 	EventServerFailed    = "server-failed"
 	EventQueueOverflow   = "queue-overflow" // the kernel dropped packets that found a queue full
-	EventFarmWaits       = "farm-waits" // requests were refused or timed out in the waiting line
-	EventLost            = "lost"       // made for a reader who was too slow
+	EventFarmWaits       = "farm-waits"     // requests were refused or timed out in the waiting line
+	EventLost            = "lost"           // made for a reader who was too slow
 )
 
 // Levels of events.

@@ -368,3 +368,67 @@ func TestDPVS835(t *testing.T) {
 		t.Errorf("the client got %q", a.fromServer)
 	}
 }
+
+// TestCloseAtAnyMoment: a server's FIN or RST at every place of an exchange and
+// behind it (the family of Envoy #2715, #6815 and #6190). A gets its response,
+// or sees that it does not get all of it; the connection is never used for B,
+// who gets exactly its own response, from a server that had its request once.
+func TestCloseAtAnyMoment(t *testing.T) {
+	response := marked(2500, "A")
+	for _, kind := range []packet.Flags{fin | ack, rst, rst | ack} {
+		for moment := range 6 {
+			t.Run(fmt.Sprintf("%v at %d", kind, moment), func(t *testing.T) {
+				g := newRig(t, oneServer, keepIdle)
+				g.iss = []packet.Seq{1999, 700_000, 800_000}
+				a := g.dial(c1, 100)
+				a.ask(get("/a", 60), 499)
+				over, told := false, false
+				end := func(at int) {
+					if at == moment {
+						over = true
+						all := g.play(g.raw(a.srv, ep2(a.port), seg{fl: kind, seq: a.sseq, ack: a.sack}))
+						for _, s := range all {
+							told = told || s.dst == a.cli && s.fl.Has(rst)
+						}
+						a.note(all, 499_000)
+					}
+				}
+				port := a.port
+				for off := 0; off < len(response) && !over; off += 1000 {
+					end(off / 1000) // before each piece: 0, 1, 2
+					if over {
+						break
+					}
+					piece := response[off:min(off+1000, len(response))]
+					a.note(g.play(g.raw(a.srv, ep2(a.port), seg{fl: ack | psh, seq: a.sseq, ack: a.sack, data: piece})), nothing)
+					a.sseq += packet.Seq(len(piece))
+				}
+				end(3) // the client has not acknowledged it
+				a.note(g.play(g.raw(a.cli, vip, seg{fl: ack, seq: a.cseq, ack: a.cack})), nothing)
+				end(4) // idle
+				if moment >= 3 && string(a.fromServer) != response {
+					t.Errorf("A gets %d of %d bytes", len(a.fromServer), len(response))
+				}
+				if moment > 0 && moment < 3 && (string(a.fromServer) != response[:moment*1000] || !told) {
+					t.Errorf("A gets %d bytes of %d that were sent, told that there is no more: %v; %s", len(a.fromServer), moment*1000, told, g.counts())
+				}
+				b := g.dial(c2, 7000)
+				b.srv, b.port, b.sseq, b.sack = a.srv, port, a.sseq, a.sack
+				if moment == 5 { // it crosses B's request
+					b.ask(get("/b", 70), 5_000_000)
+					b.note(g.play(g.raw(a.srv, ep2(port), seg{fl: kind, seq: a.sseq, ack: a.sack})), 5_000_000)
+				} else {
+					b.ask(get("/b", 70), 5_000_000)
+				}
+				if b.port == port || string(b.fromClient) != get("/b", 70) {
+					t.Fatalf("B's request is %q on port %d, A's was %d: %s", b.fromClient, b.port, port, g.counts())
+				}
+				want := marked(120, "B")
+				b.answer(want)
+				if string(b.fromServer) != want {
+					t.Errorf("B gets %q", b.fromServer)
+				}
+			})
+		}
+	}
+}
