@@ -59,7 +59,8 @@ func packages(t *testing.T) (deb, rpm string) {
 	return find("*.deb"), find("*.rpm")
 }
 
-// TestPackages makes the packages and looks at what would be installed.
+// TestPackages makes the packages, looks at what would be installed, and
+// installs the Debian one.
 func TestPackages(t *testing.T) {
 	dpkg := require.Tool(t, "dpkg-deb")
 	deb, rpm := packages(t)
@@ -112,6 +113,7 @@ func TestPackages(t *testing.T) {
 		}
 	})
 	t.Run("unit", func(t *testing.T) { unit(t, root) })
+	t.Run("installed", func(t *testing.T) { installed(t, deb) })
 }
 
 // unit has systemd look at the unit, with the programs where they were unpacked.
