@@ -97,7 +97,7 @@ func TestDirect(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := Cleanup("weir"); err != nil {
+	if _, err := Cleanup("weir"); err != nil {
 		t.Fatal(err)
 	}
 	nftLoad(t, r.Text())

@@ -276,7 +276,7 @@ func (f *Firewall) Remove() error {
 			return err
 		}
 	}
-	if err := deleteTable(c, f.r.Table); err != nil {
+	if _, err := deleteTable(c, f.r.Table); err != nil {
 		if c != f.owner {
 			c.close()
 		}
@@ -389,29 +389,34 @@ func parseCounter(data []byte) (name string, v Counter, err error) {
 	return name, v, ad.Err()
 }
 
-// Cleanup deletes the table that a killed instance left. It does nothing when
-// there is none, and answers ErrOwned while an instance is running.
-func Cleanup(table string) error {
+// Cleanup deletes the table that a killed instance left, and says whether there
+// was one. It answers ErrOwned while an instance is running on a kernel on which
+// tables have owners; elsewhere the caller has to know that none is.
+func Cleanup(table string) (found bool, err error) {
 	if !validName(table) {
-		return fmt.Errorf("nft: %q is not a table name", table)
+		return false, fmt.Errorf("nft: %q is not a table name", table)
 	}
 	c, err := dial()
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer c.close()
 	return deleteTable(c, table)
 }
 
-func deleteTable(c *conn, table string) error {
+func deleteTable(c *conn, table string) (found bool, err error) {
 	b, err := deleteTableBatch(table)
 	if err != nil {
-		return err
+		return false, err
 	}
-	if err := c.send(b); !errors.Is(err, unix.ENOENT) {
-		return ownedError(table, err)
+	switch err := c.send(b); {
+	case err == nil:
+		return true, nil
+	case errors.Is(err, unix.ENOENT):
+		return false, nil
+	default:
+		return false, ownedError(table, err)
 	}
-	return nil
 }
 
 // ownedError explains the EPERM of a single step: the right to change the

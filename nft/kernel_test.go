@@ -199,7 +199,7 @@ func TestForeignTables(t *testing.T) {
 		t.Fatal(err)
 	}
 	check("after Remove")
-	if err := Cleanup("weir"); err != nil {
+	if _, err := Cleanup("weir"); err != nil {
 		t.Fatal(err)
 	}
 	check("after Cleanup")
@@ -233,7 +233,7 @@ func TestTakeOver(t *testing.T) {
 					if _, err := Install(fixed(1), k2); !errors.Is(err, ErrOwned) {
 						t.Errorf("Install beside a living owner: %v, want ErrOwned", err)
 					}
-					if err := Cleanup("weir"); !errors.Is(err, ErrOwned) {
+					if _, err := Cleanup("weir"); !errors.Is(err, ErrOwned) {
 						t.Errorf("Cleanup beside a living owner: %v, want ErrOwned", err)
 					}
 					if out, err := nftRun(t, "", "flush", "ruleset"); err != nil {

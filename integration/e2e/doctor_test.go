@@ -172,6 +172,11 @@ func TestDoctor(t *testing.T) {
 	t.Run("killed", func(t *testing.T) {
 		w := r.startWith(r.text(setup{servers: []string{"s1=0", "s2=1"}}))
 		healthy("beside an instance")
+		// An instance that lives is left alone.
+		if code, _, errs := r.inRouter(nil, r.bin, "cleanup"); code != 1 || !strings.Contains(errs, "an instance is running") {
+			t.Errorf("weir cleanup beside an instance: exit code %d\n%s", code, errs)
+		}
+		r.mustAsk("/alive")
 		if err := w.Crash(); err != nil {
 			t.Fatal(err)
 		}
@@ -179,7 +184,7 @@ func TestDoctor(t *testing.T) {
 		if f := found(list, "runtime_dir", "warn", "was killed"); code != 3 || !strings.Contains(f.Command, "weir cleanup") {
 			t.Errorf("exit code %d: %+v", code, f)
 		}
-		if code, out, errs := r.inRouter(nil, r.bin, "cleanup"); code != 0 {
+		if code, out, errs := r.inRouter(nil, r.bin, "cleanup"); code != 0 || !strings.Contains(out, "removed table inet weir") {
 			t.Errorf("weir cleanup: exit code %d\n%s%s", code, out, errs)
 		}
 		healthy("after the clean-up")

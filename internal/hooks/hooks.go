@@ -20,6 +20,7 @@ import (
 
 	"github.com/weirgate/weir/integration/demo"
 	"github.com/weirgate/weir/internal/cli"
+	"github.com/weirgate/weir/internal/filelock"
 	"github.com/weirgate/weir/module"
 	"github.com/weirgate/weir/module/config"
 	"github.com/weirgate/weir/nft"
@@ -77,10 +78,25 @@ func checkPlugins(ctx context.Context, cfg *config.Config) error {
 	return module.Locate(cfg, h.CheckConfig(ctx, plugins, farms))
 }
 
-// cleanup removes what a killed instance left.
+// cleanup removes what a killed instance left, and nothing of one that lives:
+// on older kernels only the lock tells the two apart.
 func cleanup(_ context.Context, cfg *config.Config, out io.Writer) error {
+	path := filepath.Join(cfg.RuntimeDir, "lock")
+	lock, err := filelock.Take(path)
+	switch {
+	case err == nil:
+		defer lock.Remove()
+	case errors.Is(err, filelock.ErrHeld):
+		return fmt.Errorf("an instance is running, it holds %s: stop it first", path)
+	case !errors.Is(err, os.ErrNotExist):
+		return err
+	}
 	var errs []error
-	errs = append(errs, nft.Cleanup(cfg.Firewall.Table))
+	found, err := nft.Cleanup(cfg.Firewall.Table)
+	if found {
+		fmt.Fprintf(out, "removed table inet %s\n", cfg.Firewall.Table)
+	}
+	errs = append(errs, err)
 	journal, err := nft.OpenJournal(cfg.RuntimeDir)
 	if err == nil {
 		changes := journal.Changes()
@@ -90,7 +106,7 @@ func cleanup(_ context.Context, cfg *config.Config, out io.Writer) error {
 		}
 	}
 	errs = append(errs, err)
-	for _, name := range []string{"lock", "plugins"} {
+	for _, name := range []string{"plugins"} {
 		path := filepath.Join(cfg.RuntimeDir, name)
 		if _, err := os.Lstat(path); err == nil {
 			if err := os.RemoveAll(path); err != nil {
