@@ -49,7 +49,7 @@ func TestInspectAll(t *testing.T) {
 			if err := ask(r.Clients[0], r.VIP(), "/before", time.Second); err == nil {
 				t.Error("a request is served by rules that refuse untracked packets")
 			}
-			r.nft("add rule inet host i ct state untracked tcp dport 80 accept")
+			r.nft(documented(t, "firewalls.md", "nft inspect"))
 			if found := inspect(); len(found) != 0 {
 				t.Fatalf("found %v", found)
 			}

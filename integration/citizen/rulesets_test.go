@@ -22,7 +22,7 @@ type ruleset struct {
 	load func(r *rig)
 	// blocked: without the change requests get no answer.
 	blocked bool
-	// change makes the documented change; nil to run the findings' own fixes.
+	// change makes the change that docs/firewalls.md tells of; nil for none.
 	change func(r *rig)
 	// forwards is a port forward of that ruleset to the first server.
 	forwards bool
@@ -60,42 +60,69 @@ func several(fs ...func(r *rig)) func(r *rig) {
 	}
 }
 
+// rules applies a block of docs/firewalls.md in nft's syntax.
+func rules(info string) func(r *rig) {
+	return func(r *rig) { r.t.Helper(); r.nft(documented(r.t, "firewalls.md", info)) }
+}
+
+// commands runs a block of docs/firewalls.md that calls iptables, in one of the
+// variants.
+func commands(info, variant string) func(r *rig) {
+	return func(r *rig) {
+		r.t.Helper()
+		r.shell(regexp.MustCompile(`(?m)^(ip6?tables) `).ReplaceAllString(documented(r.t, "firewalls.md", info), "$1-"+variant+" "))
+	}
+}
+
 var rulesets = []ruleset{
-	{name: "router", load: file("router.nft", ""), blocked: true, forwards: true},
+	{name: "router", load: file("router.nft", ""), blocked: true, forwards: true, change: rules("nft router")},
 	{
 		name: "iptables-nft", load: several(file("iptables.v4", "nft"), file("iptables.v6", "nft")), blocked: true, forwards: true,
+		change: commands("sh iptables", "nft"),
 	},
 	{
 		name: "iptables-legacy", load: several(file("iptables.v4", "legacy"), file("iptables.v6", "legacy")), blocked: true, forwards: true,
+		change: commands("sh iptables", "legacy"),
 	},
 	{
 		name: "ufw", load: several(file("ufw.v4", "nft"), file("ufw.v6", "nft")), blocked: true,
 		change: func(r *rig) {
-			// What ufw makes of the lines in before.rules and before6.rules.
-			r.shell("iptables-nft -I ufw-before-forward -m mark --mark 0x57000000/0xff000000 -j ACCEPT")
-			r.shell("ip6tables-nft -I ufw6-before-forward -m mark --mark 0x57000000/0xff000000 -j ACCEPT")
+			// What ufw makes of the lines: they are the first of their chains.
+			for program, block := range map[string]string{"iptables-nft": "text before.rules", "ip6tables-nft": "text before6.rules"} {
+				for line := range strings.Lines(documented(r.t, "firewalls.md", block)) {
+					r.shell(program + strings.Replace(" "+line, " -A ", " -I ", 1))
+				}
+			}
 		},
 	},
 	{
 		name: "firewalld", load: file("firewalld.nft", ""), blocked: true,
 		change: func(r *rig) {
-			// What firewalld makes of the policy; its reload replaces its table.
+			// The commands need a running firewalld; they are the ones that the
+			// doctor gives. What firewalld makes of the policy is a file; its
+			// reload replaces its table.
+			want := strings.Split(strings.TrimSpace(documented(r.t, "firewalls.md", "sh firewalld")), "\n")
+			told := slices.ContainsFunc(r.foreign(), func(f nft.Finding) bool { return slices.Equal(strings.Split(f.Fix, " && "), want) })
+			if !told {
+				r.t.Error("docs/firewalls.md and weir doctor tell different commands for firewalld")
+			}
 			r.shell("nft delete table inet firewalld")
 			file("firewalld-changed.nft", "")(r)
 		},
 	},
-	{name: "docker", load: file("docker.v4", "nft"), blocked: true},
+	{name: "docker", load: file("docker.v4", "nft"), blocked: true, change: commands("sh docker", "nft")},
 	{
 		name: "fw4", load: file("fw4.nft", ""), blocked: true, forwards: true,
-		change: func(r *rig) { r.nft("insert rule inet fw4 forward " + acceptMark) },
+		// What fw4 makes of the file that it includes.
+		change: func(r *rig) { r.nft("insert rule inet fw4 forward " + documented(r.t, "firewalls.md", "nft fw4")) },
 	},
 	{name: "bans", load: file("bans.nft", "")},
 	{
 		name: "synproxy", load: file("synproxy.nft", ""), blocked: true,
 		change: func(r *rig) {
-			r.nft("insert rule ip x f " + acceptMark + "\ninsert rule ip x y ip daddr 203.0.113.10 tcp dport 80 accept\n" +
-				// The file has no ban list of its own.
-				"table inet bans {\nchain i {\ntype filter hook input priority 0;\nip saddr 198.18.0.12 drop\nip6 saddr 2001:db8:18::c drop\n}\n}\n")
+			rules("nft synproxy")(r)
+			// The file has no ban list of its own.
+			r.nft("table inet bans {\nchain i {\ntype filter hook input priority 0;\nip saddr 198.18.0.12 drop\nip6 saddr 2001:db8:18::c drop\n}\n}\n")
 		},
 	},
 }
@@ -158,10 +185,6 @@ func TestBesideRulesets(t *testing.T) {
 			}
 			if c.change != nil {
 				c.change(r)
-			} else {
-				for _, f := range found {
-					r.shell(f.Fix)
-				}
 			}
 			still := r.foreign()
 			for i := range still {
