@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/weirgate/weir/module/packet"
 )
@@ -24,11 +25,18 @@ func TestCanary(t *testing.T) {
 	} else if testing.Short() {
 		want = 10_000
 	}
-	sum := runAll(t, func(_ int, s *tally) bool { return s.Requests < want }, func(i int) (*Scenario, Hooks) {
+	// A run that its time limit would cut says how far it came.
+	limit, limited := t.Deadline()
+	sum := runAll(t, func(_ int, s *tally) bool {
+		return s.Requests < want && !(limited && time.Until(limit) < 20*time.Second)
+	}, func(i int) (*Scenario, Hooks) {
 		return Canary(base+uint64(i), canaryClients, canaryConnections), Hooks{}
 	})
 	t.Logf("%d crowds, %d requests: %d answered, %d answered by the engine, %d given up by plan; %d packets, %d server connections opened, %d reuses",
 		sum.runs, sum.Requests, sum.Exchanges, sum.Owned, sum.Excused, sum.Packets, sum.Opened, sum.Reused)
+	if sum.Requests < want {
+		t.Errorf("%d of %d requests: the time is over", sum.Requests, want)
+	}
 	if sum.Exchanges < sum.Requests/2 || sum.Reused < uint64(sum.Requests)/2 || sum.Excused == 0 {
 		t.Error("the rig tests nothing: too few answers, reuses, or clients that left")
 	}
