@@ -30,7 +30,7 @@ import (
 // breaks, no byte is added. The control: with the right number, a reset counts.
 func TestBlindInjection(t *testing.T) {
 	t.Parallel()
-	const conns, rate, lasts = 8, 15_000, 4 * time.Second
+	const conns, rate, size = 8, 15_000, 60_000
 	r := newRig(t, lab.FarmOptions{Clients: 2, Servers: 1})
 	// Forged packets come in at the clients' side, whoever they claim to be.
 	for _, key := range []string{"net/ipv4/conf/all/rp_filter", "net/ipv4/conf/" + r.ClientLeg + "/rp_filter"} {
@@ -125,7 +125,7 @@ func TestBlindInjection(t *testing.T) {
 		panic("no server connection")
 	}
 	junk := []byte("HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\ninjected")
-	n, took, err := f.Flood(ctx, rate, lasts, forge.Blind(rnd, pick, flags, junk))
+	n, took, err := f.Flood(ctx, rate, size, forge.Blind(rnd, pick, flags, junk))
 	if err != nil {
 		t.Fatal(err)
 	}
