@@ -22,13 +22,11 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/weirgate/weir/internal/filelock"
 	"github.com/weirgate/weir/module/accesslog"
 	"github.com/weirgate/weir/module/config"
 	"github.com/weirgate/weir/module/control"
@@ -48,6 +46,13 @@ type Options struct {
 	Version    string       // shown by status, told to plugins
 	PluginDirs []string     // where plugin commands are looked up; default: host.DefaultDirs
 	Ready      func()       // called once when packets are served
+
+	// Prepared is called once when everything is done that can be done beside a
+	// living predecessor, and returns when there is none any more. nil: there
+	// is none.
+	Prepared func() error
+	// Sockets holds the queues for a successor. nil: they go with the process.
+	Sockets Sockets
 
 	// Layers names the configuration's files, so that the module can read them
 	// again: when they change, and when an operator asks. nil: never.
@@ -217,6 +222,11 @@ func (m *Module) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	if m.opt.Prepared != nil {
+		if err := m.opt.Prepared(); err != nil {
+			return err
+		}
+	}
 	if err := m.takeDir(&give); err != nil {
 		return err
 	}
@@ -353,7 +363,7 @@ func (m *Module) look() (nft.Params, nft.Kernel, error) {
 	if err := nft.CheckVIPListeners(params.VIPs); err != nil {
 		return params, kernel, err
 	}
-	if err := nft.CheckQueues(params.QueueFirst, params.Queues()); err != nil {
+	if err := nft.CheckQueues(params.QueueFirst, params.Queues(), m.heldQueues()...); err != nil {
 		return params, kernel, err
 	}
 	if err := nft.CheckForwarding(params); err != nil {
@@ -376,13 +386,9 @@ func (m *Module) takeDir(give *undo) error {
 		}
 		made = true
 	}
-	path := filepath.Join(dir, "lock")
-	lock, err := filelock.Take(path)
-	if errors.Is(err, filelock.ErrHeld) {
-		return fmt.Errorf("runtime_dir: another instance holds %s; stop it, or give this one a runtime_dir of its own", path)
-	}
+	lock, err := m.takeLock()
 	if err != nil {
-		return fmt.Errorf("runtime_dir: %w", err)
+		return err
 	}
 	give.add(func() error {
 		_ = lock.Remove() // A file that is left is taken over at the next start.
@@ -407,9 +413,8 @@ const portRest = 10 * time.Second
 
 // openQueues binds the queues and makes the shards.
 func (m *Module) openQueues(params *nft.Params, give *undo) error {
-	open := divert.OpenPlain
-	if m.config().Queue.Backend == "batched" {
-		open = divert.OpenBatched
+	if err := m.dropSockets(*params); err != nil {
+		return err
 	}
 	var secret [16]byte
 	if _, err := rand.Read(secret[:]); err != nil {
@@ -418,7 +423,7 @@ func (m *Module) openQueues(params *nft.Params, give *undo) error {
 	m.handshake = engine.NewHandshake(engine.NewMACCookies(secret), clientMSS, clientMSS, m.takesSYN)
 	m.handshake.Gone = m.leaving
 	add := func(number uint16, length uint32, role role) error {
-		q, err := open(divert.Config{Queue: number, Length: length, GSO: m.config().Queue.GSO})
+		q, err := m.openQueue(divert.Config{Queue: number, Length: length, GSO: m.config().Queue.GSO})
 		if err != nil {
 			return privilege(err)
 		}

@@ -159,12 +159,13 @@ func localPorts(socks []socket, first, last uint16, snips []netip.Addr) (used []
 
 // CheckQueues reports those of the n queue numbers from first that somebody in
 // this network namespace has bound. The error wraps ErrQueueInUse and names
-// the number and the owner.
-func CheckQueues(first uint16, n int) error {
-	return checkQueues(filepath.Join(procNet, "netfilter/nfnetlink_queue"), first, n)
+// the number and the owner. Those that this process holds itself, by sockets of
+// a predecessor, are told in held.
+func CheckQueues(first uint16, n int, held ...uint16) error {
+	return checkQueues(filepath.Join(procNet, "netfilter/nfnetlink_queue"), first, n, held)
 }
 
-func checkQueues(path string, first uint16, n int) error {
+func checkQueues(path string, first uint16, n int, held []uint16) error {
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // nfnetlink_queue is not loaded yet, so nobody has a queue
@@ -186,7 +187,7 @@ func checkQueues(path string, first uint16, n int) error {
 		if err != nil {
 			return fmt.Errorf("nft: reading queues in use: line %q: %w", sc.Text(), err)
 		}
-		if int(num) >= int(first) && int(num) < int(first)+n {
+		if int(num) >= int(first) && int(num) < int(first)+n && !slices.Contains(held, uint16(num)) {
 			errs = append(errs, fmt.Errorf("nft: queue.first %d: queue %d is bound%s (netlink port %s): %w: stop that program, or choose other numbers", first, num, byProgram(program(fields[1])), fields[1], ErrQueueInUse))
 		}
 	}

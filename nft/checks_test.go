@@ -77,20 +77,20 @@ func TestLocalPorts(t *testing.T) {
 
 func TestQueueFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "nfnetlink_queue")
-	if err := checkQueues(path, 1, 10); err != nil {
+	if err := checkQueues(path, 1, 10, nil); err != nil {
 		t.Fatalf("no file: %v", err)
 	}
 	const lines = "    5  4242      0 2 65531     0     0        1  1\n22275   999999999     3 2 65531     0     0      100  1\n"
 	if err := os.WriteFile(path, []byte(lines), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if err := checkQueues(path, 22276, 3); err != nil {
+	if err := checkQueues(path, 22276, 3, nil); err != nil {
 		t.Errorf("free numbers: %v", err)
 	}
-	if err := checkQueues(path, 22272, 3); err != nil {
+	if err := checkQueues(path, 22272, 3, nil); err != nil {
 		t.Errorf("free numbers: %v", err)
 	}
-	if err := checkQueues(path, 22272, 4); !errors.Is(err, ErrQueueInUse) || !strings.Contains(err.Error(), "22275") {
+	if err := checkQueues(path, 22272, 4, nil); !errors.Is(err, ErrQueueInUse) || !strings.Contains(err.Error(), "22275") {
 		t.Errorf("a number in use: %v", err)
 	}
 }

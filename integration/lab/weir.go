@@ -27,6 +27,8 @@ type WeirOptions struct {
 	Dir string
 	// Socket is the admin socket that the configuration names.
 	Socket string
+	// Args are more arguments of "weir run".
+	Args []string
 	// Credential runs it as another user.
 	Credential *syscall.Credential
 }
@@ -53,7 +55,7 @@ func NewWeir(h *Host, o WeirOptions) (*Weir, error) {
 		return nil, fmt.Errorf("lab: weir: %w", err)
 	}
 	w := &Weir{Host: h, options: o}
-	cmd := h.Command(o.Binary, "run", "--config", file)
+	cmd := h.Command(o.Binary, append([]string{"run", "--config", file}, o.Args...)...)
 	cmd.Dir = o.Dir
 	cmd.Stdout, cmd.Stderr = &w.log, &w.log
 	cmd.Env = w.env()

@@ -16,6 +16,7 @@ import (
 	"log/slog"
 	"os/signal"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -36,8 +37,13 @@ const (
 // hook is nil does not exist.
 type Hooks struct {
 	// Run runs an instance until ctx ends, and returns when everything it made
-	// is removed.
-	Run func(ctx context.Context, in Instance) error
+	// is removed. The code is the program's exit code where err is nil.
+	Run func(ctx context.Context, in Instance) (code int, err error)
+
+	// Upgrade has a supervised instance of the configuration go over to another
+	// executable, "" for the one at the path that it was started from, and says
+	// what happens.
+	Upgrade func(ctx context.Context, cfg *config.Config, path string, out io.Writer) error
 
 	// Demo runs a scene of the demonstration ("" is all of them).
 	Demo func(ctx context.Context, o DemoOptions, out io.Writer) error
@@ -90,6 +96,13 @@ type Instance struct {
 	Layers  config.LoadOptions // to read the configuration again
 	Log     *slog.Logger
 	Version string
+
+	// Supervise asks for a parent that keeps the instance running; HangTimeout
+	// is how long that waits for a sign of life, and ConfigArgs are the flags
+	// that name the configuration.
+	Supervise   bool
+	HangTimeout time.Duration
+	ConfigArgs  []string
 
 	// Reread returns the layers anew: files may have come to /etc.
 	Reread func() config.LoadOptions
@@ -202,6 +215,9 @@ func (a *app) root() *cobra.Command {
 	}
 	if a.hooks.Run != nil {
 		root.AddCommand(a.runCommand())
+	}
+	if a.hooks.Upgrade != nil {
+		root.AddCommand(a.upgradeCommand())
 	}
 	if a.hooks.Demo != nil {
 		root.AddCommand(a.demoCommand())

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -34,16 +35,27 @@ func TestMain(m *testing.M) {
 
 // testHooks behave as the configuration's queue number asks.
 var testHooks = Hooks{
-	Run: func(ctx context.Context, in Instance) error {
+	Run: func(ctx context.Context, in Instance) (int, error) {
 		switch in.Config.Queue.First {
 		case 1:
-			return errors.New("queue 1 is in use")
+			return 0, errors.New("queue 1 is in use")
 		case 2:
-			return &config.Error{File: "good.yaml", Line: 1, Key: "source.addresses[0]", Problem: "not an address of this host"}
+			return 0, &config.Error{File: "good.yaml", Line: 1, Key: "source.addresses[0]", Problem: "not an address of this host"}
 		}
 		in.Log.Info("quiet")
 		in.Log.Warn("running", "first", in.Config.Queue.First)
-		return nil
+		if in.Supervise {
+			in.Log.Warn("supervised", "hang", in.HangTimeout, "configuration", strings.Join(in.ConfigArgs, " "))
+			return ExitDegraded, nil
+		}
+		return 0, nil
+	},
+	Upgrade: func(_ context.Context, cfg *config.Config, path string, out io.Writer) error {
+		if cfg.Queue.First == 1 {
+			return errors.New("no supervisor answers")
+		}
+		_, err := fmt.Fprintln(out, "upgraded to", path)
+		return err
 	},
 	Demo: func(_ context.Context, o DemoOptions, out io.Writer) error {
 		_, err := fmt.Fprintln(out, "scene", o.Scene)

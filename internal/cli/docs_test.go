@@ -18,7 +18,8 @@ import (
 
 // everyHook makes every command exist. None of them is run.
 var everyHook = Hooks{
-	Run:          func(context.Context, Instance) error { return nil },
+	Run:          func(context.Context, Instance) (int, error) { return 0, nil },
+	Upgrade:      func(context.Context, *config.Config, string, io.Writer) error { return nil },
 	Demo:         func(context.Context, DemoOptions, io.Writer) error { return nil },
 	Cleanup:      func(context.Context, *config.Config, io.Writer) error { return nil },
 	Doctor:       func(context.Context, *config.Config) ([]Finding, error) { return nil, nil },

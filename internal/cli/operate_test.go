@@ -445,7 +445,7 @@ func TestBrokenConfigs(t *testing.T) {
 		for _, command := range []string{"check", "run", "doctor"} {
 			var out, errs bytes.Buffer
 			code := Main([]string{"weir", command, "--config", path}, nil, &out, &errs, Hooks{
-				Run:    func(context.Context, Instance) error { t.Error("it runs"); return nil },
+				Run:    func(context.Context, Instance) (int, error) { t.Error("it runs"); return 0, nil },
 				Doctor: func(context.Context, *config.Config) ([]Finding, error) { t.Error("it looks"); return nil, nil },
 			})
 			if code != ExitUsage || errs.String() != string(want) || out.Len() > 0 {

@@ -4,6 +4,9 @@ package cli
 
 import (
 	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -11,25 +14,80 @@ import (
 )
 
 func (a *app) runCommand() *cobra.Command {
+	var supervise bool
+	var hang time.Duration
 	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Run in the foreground until SIGTERM or SIGINT",
-		Args:  cobra.NoArgs,
+		Long: "run serves until it is told to stop, and then removes everything that it made. SIGHUP has it read its configuration again.\n\n" +
+			"With --supervise a small parent process holds the sockets of the packet queues and runs the instance as its child: it starts it again when it dies, replaces it when it hangs, and goes over to another version by 'weir upgrade'.",
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if hang < shortestHang {
+				return fmt.Errorf("--hang-timeout %v: at least %v", hang, shortestHang)
+			}
 			cfg, layers, err := a.load()
 			if err != nil {
 				return err
 			}
 			log, relog := SwitchedLogger(cfg.Log, a.err)
-			err = a.hooks.Run(cmd.Context(), Instance{
+			code, err := a.hooks.Run(cmd.Context(), Instance{
 				Config: cfg, Layers: layers, Log: log, Version: Version(),
+				Supervise: supervise, HangTimeout: hang, ConfigArgs: a.configArgs(),
 				Reread: func() config.LoadOptions {
 					again, _ := a.layers() // The flags are right: they were read before.
 					return again
 				},
 				Relog: relog,
 			})
+			if err == nil && code != ExitOK {
+				return &codeError{code: code}
+			}
 			return hookError(err)
+		},
+	}
+	a.configFlags(cmd)
+	cmd.Flags().BoolVar(&supervise, "supervise", false, "keep it running: hold its queues, start it again when it dies or hangs")
+	cmd.Flags().DurationVar(&hang, "hang-timeout", 3*time.Second, "with --supervise: replace an instance that gives no sign of life for this `LONG`")
+	return cmd
+}
+
+// shortestHang is the shortest silence that may count as a hang. A sign of life
+// comes three times in it.
+const shortestHang = 300 * time.Millisecond
+
+// configArgs are the flags that name the configuration, for another command.
+func (a *app) configArgs() (args []string) {
+	for _, f := range a.config {
+		args = append(args, "--config", f)
+	}
+	for _, s := range a.set {
+		args = append(args, "--set", s)
+	}
+	return args
+}
+
+func (a *app) upgradeCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "upgrade [PATH]",
+		Short: "Go over to another version, without a stop",
+		Long: "upgrade has the supervisor of a running instance (run --supervise) start the executable PATH, or the one that is now where the running one came from. " +
+			"The new instance prepares itself beside the old one. Only when it is prepared the old one is killed, and the new one takes its connections over. " +
+			"If it cannot be prepared, the old one serves on, and the exit code is 1.",
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			path := ""
+			if len(args) > 0 {
+				var err error
+				if path, err = filepath.Abs(args[0]); err != nil {
+					return failed(err)
+				}
+			}
+			cfg, _, err := a.load()
+			if err != nil {
+				return err
+			}
+			return hookError(a.hooks.Upgrade(cmd.Context(), cfg, path, a.out))
 		},
 	}
 	a.configFlags(cmd)

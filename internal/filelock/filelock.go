@@ -21,6 +21,24 @@ type Lock struct{ f *os.File }
 // Take makes the file, mode 0600, if it is not there and holds it. The error
 // wraps ErrHeld if another process does.
 func Take(path string) (*Lock, error) {
+	for {
+		l, err := take(path)
+		if err != nil {
+			return nil, err
+		}
+		// A holder that let it go in between has removed the file.
+		now, err := os.Stat(path)
+		if own, oerr := l.f.Stat(); err == nil && oerr == nil && os.SameFile(now, own) {
+			return l, nil
+		}
+		_ = l.f.Close()
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+	}
+}
+
+func take(path string) (*Lock, error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, err

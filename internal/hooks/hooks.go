@@ -21,6 +21,7 @@ import (
 	"github.com/weirgate/weir/integration/demo"
 	"github.com/weirgate/weir/internal/cli"
 	"github.com/weirgate/weir/internal/filelock"
+	"github.com/weirgate/weir/internal/supervise"
 	"github.com/weirgate/weir/module"
 	"github.com/weirgate/weir/module/config"
 	"github.com/weirgate/weir/nft"
@@ -29,16 +30,32 @@ import (
 
 // All are the hooks of the weir command.
 func All() cli.Hooks {
-	return cli.Hooks{Run: run, Doctor: examine, Replay: replayCapture, Demo: show, DemoServer: demo.Serve, Cleanup: cleanup, CheckPlugins: checkPlugins, Explain: explainOffline, RunPlugin: runPlugin}
+	return cli.Hooks{Run: run, Upgrade: upgrade, Doctor: examine, Replay: replayCapture, Demo: show, DemoServer: demo.Serve, Cleanup: cleanup, CheckPlugins: checkPlugins, Explain: explainOffline, RunPlugin: runPlugin}
 }
 
-func run(ctx context.Context, in cli.Instance) error {
+func run(ctx context.Context, in cli.Instance) (int, error) {
+	if in.Supervise && !supervise.Supervised() {
+		return runSupervisor(ctx, in)
+	}
+	return 0, runEngine(ctx, in)
+}
+
+func runEngine(ctx context.Context, in cli.Instance) error {
+	link, err := supervise.Find()
+	if err != nil {
+		return err
+	}
 	boss := findSupervisor()
-	m, err := module.New(in.Config, module.Options{
+	opt := module.Options{
 		Log: in.Log, Version: in.Version, Layers: in.Reread,
 		Applied: func(c *config.Config) { in.Relog(c.Log) },
 		Ready:   func() { boss.ready(in.Log, "serving") },
-	})
+	}
+	if link != nil {
+		boss = supervisor{link: link, watchdog: link.Hang()}
+		opt.Sockets, opt.Prepared = link, link.Prepared
+	}
+	m, err := module.New(in.Config, opt)
 	if err != nil {
 		return module.Locate(in.Config, err)
 	}

@@ -9,11 +9,15 @@ import (
 	"os"
 	"strconv"
 	"time"
+
+	"github.com/weirgate/weir/internal/supervise"
 )
 
-// supervisor is the service manager that started this process, if it wants to
-// be told how the process is (sd_notify(3)). Its zero value tells nobody.
+// supervisor is who started this process, if it wants to be told how the
+// process is: a supervising parent of our own, or the service manager
+// (sd_notify(3)). Its zero value tells nobody.
 type supervisor struct {
+	link     *supervise.Link // the parent; nil for none
 	socket   string
 	watchdog time.Duration // 0: no sign of life is expected
 }
@@ -35,6 +39,12 @@ func findSupervisor() supervisor {
 
 // tell sends a state. That the manager does not hear it stops nobody.
 func (s supervisor) tell(log *slog.Logger, state string) {
+	if s.link != nil {
+		if err := s.link.Tell(state); err != nil {
+			log.Warn("the supervisor cannot be told", "state", state, "error", err)
+		}
+		return
+	}
 	if s.socket == "" {
 		return
 	}
@@ -59,7 +69,7 @@ func (s supervisor) stopping(log *slog.Logger) {
 // watch sends signs of life until ctx ends, as long as alive has no error: a
 // process whose packet threads hang must be replaced.
 func (s supervisor) watch(ctx context.Context, log *slog.Logger, alive func(context.Context) error) {
-	if s.socket == "" || s.watchdog == 0 {
+	if s.link == nil && s.socket == "" || s.watchdog == 0 {
 		return
 	}
 	t := time.NewTicker(s.watchdog / 3)

@@ -82,7 +82,7 @@ func This() *Host {
 			return q.Close()
 		},
 		Foreign: nft.Foreign, Interfaces: nft.Interfaces, Strict: nft.StrictInterfaces, Forwarding: nft.CheckForwarding,
-		Listeners: nft.CheckVIPListeners, Ports: nft.LocalPortsInRange, Queues: nft.CheckQueues,
+		Listeners: nft.CheckVIPListeners, Ports: nft.LocalPortsInRange, Queues: func(first uint16, n int) error { return nft.CheckQueues(first, n) },
 		Journal: func(dir string) ([]nft.Change, error) {
 			j, err := nft.OpenJournal(dir)
 			if err != nil {
