@@ -23,7 +23,7 @@ var testHelpers = []string{"internal/require", "internal/corpora"}
 var rules = []rule{
 	// The command line, and what joins it to the parts that act on the host.
 	{dirs: []string{"internal/cli"}, may: []string{"module/config", "module/control"}, tests: []string{"module"}},
-	{dirs: []string{"internal/hooks"}, may: []string{"internal/cli", "internal/supervise", "module", "nft", "plugins/host", "policies", "integration/demo"}},
+	{dirs: []string{"internal/hooks"}, may: []string{"internal/cli", "internal/filelock", "internal/supervise", "module", "nft", "plugins/host", "policies", "integration/demo"}},
 	{dirs: []string{"internal/corpora"}, may: []string{"internal/require"}},
 	{dirs: []string{"internal/require", "internal/structure", "internal/cmd", "internal/build", "internal/filelock", "internal/supervise"}},
 	{dirs: []string{"module/packet", "module/http1", "policies/snapshot", "policies/policypb"}},
