@@ -94,9 +94,21 @@ func printPlan(w io.Writer, changes []config.Change) error {
 		if c.Line > 0 {
 			at = fmt.Sprintf("%s:%d", c.File, c.Line)
 		}
+		c.From, c.To = elided(c.From), elided(c.To)
 		t.row(c.String(), words[c.Class], at)
 	}
 	return t.write(w)
+}
+
+// maxValue is how much of a value a table shows, in characters: a list of routes
+// would leave no place for the other columns. JSON has more of it.
+const maxValue = 36
+
+func elided(s string) string {
+	if r := []rune(s); len(r) > maxValue {
+		return string(r[:maxValue-1]) + "…"
+	}
+	return s
 }
 
 func (a *app) rulesCommand() *cobra.Command {

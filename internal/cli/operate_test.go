@@ -266,6 +266,14 @@ func TestDiff(t *testing.T) {
 	if code != 0 || !strings.Contains(out, "b.yaml:7") || strings.Count(out, "\n") != 2 {
 		t.Errorf("between files: exit code %d:\n%s%s", code, out, errs)
 	}
+	// A long list leaves place for the other columns.
+	routes := strings.Repeat("{prefix: /some/where/, servers: [s1]}, ", 20)
+	c := put("c.yaml", text+"    policies: [{use: path, config: {routes: ["+routes+"]}}]\n")
+	d := put("d.yaml", text+"    policies: [{use: path, config: {routes: ["+routes+"{path: /x, servers: [s1]}]}}]\n")
+	code, out, errs = weir("check", "--no-plugins", "--config", d, "--from", c)
+	if rows := strings.Split(out, "\n"); code != 0 || len(rows) != 3 || !strings.Contains(rows[1], "… -> [{prefix") || len(rows[1]) > 240 {
+		t.Errorf("a long value: exit code %d:\n%s%s", code, out, errs)
+	}
 	if code, out, _ = weir("check", "--config", b, "--from", b); code != 0 || out != "nothing to change\n" {
 		t.Errorf("the same file: exit code %d: %q", code, out)
 	}

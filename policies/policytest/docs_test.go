@@ -15,16 +15,16 @@ import (
 	"github.com/weirgate/weir/policies/policytest"
 )
 
-// codeOf returns the code block that follows a comment in docs/plugins.md.
-func codeOf(t *testing.T, mark string) string {
+// codeOf returns the code block that follows a comment in a document.
+func codeOf(t *testing.T, document, mark string) string {
 	t.Helper()
-	b, err := os.ReadFile("../../docs/plugins.md")
+	b, err := os.ReadFile("../../" + document)
 	if err != nil {
 		t.Fatal(err)
 	}
 	m := regexp.MustCompile("(?s)<!-- " + regexp.QuoteMeta(mark) + " -->\n```[a-z]*\n(.*?)```\n").FindSubmatch(b)
 	if m == nil {
-		t.Fatalf("docs/plugins.md has no code marked %q", mark)
+		t.Fatalf("%s has no code marked %q", document, mark)
 	}
 	return string(m[1])
 }
@@ -33,7 +33,10 @@ func codeOf(t *testing.T, mark string) string {
 // of the tree, builds as it stands there, and keeps the contract.
 func TestTutorial(t *testing.T) {
 	const file = "policies/examples/prefer/main.go"
-	code := codeOf(t, file)
+	code := codeOf(t, "docs/plugins.md", file)
+	if codeOf(t, "README.md", file) != code {
+		t.Error("README.md has another plugin than docs/plugins.md")
+	}
 	if n := strings.Count(code, "\n"); n > 40 {
 		t.Errorf("the tutorial's plugin has %d lines", n)
 	}
