@@ -28,6 +28,7 @@ type sample struct {
 	round               int
 	contender, workload string
 	bulk                bool
+	flooded             float64       // packets a second of a flood beside it
 	serverCPU           time.Duration // for each request
 	routerCPU           time.Duration // of the contender's process, for each request
 	packets             float64       // at the server, for each request
@@ -194,6 +195,9 @@ Client, router and server are network namespaces joined by virtual links; one ng
 				each(ss, func(s sample) float64 { return float64(s.opened) }).median, reuse,
 				each(ss, func(s sample) float64 { return float64(s.Errors) }).most)
 		}
+		if l.flood != "" {
+			r.floodTable(b, l)
+		}
 	}
 	return b.Flush()
 }
@@ -208,7 +212,7 @@ func (r *report) table(w io.Writer) error {
 	c := csv.NewWriter(w)
 	_ = c.Write([]string{
 		"round", "workload", "contender", "requests", "bytes", "errors", "seconds", "requests_per_second", "bytes_per_second",
-		"p50_us", "p99_us", "server_cpu_us_per_request", "router_cpu_us_per_request", "server_packets_per_request", "server_connections_opened",
+		"p50_us", "p99_us", "server_cpu_us_per_request", "router_cpu_us_per_request", "server_packets_per_request", "server_connections_opened", "flood_packets_per_second",
 	})
 	us := func(d time.Duration) string { return strconv.FormatFloat(float64(d)/1e3, 'f', 3, 64) }
 	f := func(v float64) string { return strconv.FormatFloat(v, 'f', 3, 64) }
@@ -217,7 +221,7 @@ func (r *report) table(w io.Writer) error {
 		_ = c.Write([]string{
 			strconv.Itoa(s.round + 1), s.workload, s.contender, strconv.FormatUint(s.Requests, 10), strconv.FormatUint(s.Bytes, 10),
 			strconv.FormatUint(s.Errors, 10), f(sec), f(float64(s.Requests) / sec), f(float64(s.Bytes) / sec), us(s.P50), us(s.P99),
-			us(s.serverCPU), us(s.routerCPU), f(s.packets), strconv.Itoa(s.opened),
+			us(s.serverCPU), us(s.routerCPU), f(s.packets), strconv.Itoa(s.opened), f(s.flooded),
 		})
 	}
 	c.Flush()

@@ -26,9 +26,10 @@ type workload struct {
 	what        string // a sentence for the report
 	size        int    // bytes of a response's body
 	connections int
-	close       bool // a connection for each request
-	bulk        bool // bytes are what counts, not requests
-	quick       bool // part of the quick run
+	close       bool   // a connection for each request
+	bulk        bool   // bytes are what counts, not requests
+	quick       bool   // part of the quick run
+	flood       string // of floods: what is sent beside it
 }
 
 func (l workload) title() string { return l.name }
@@ -42,6 +43,9 @@ var workloads = []workload{
 	{name: "latency", what: "1 KB over one kept-alive connection", size: 1 << 10, connections: 1, quick: true},
 	{name: "kept-10k", what: "10 KB over 32 kept-alive connections", size: 10 << 10, connections: 32},
 	{name: "kept-256", what: "1 KB over 256 kept-alive connections", size: 1 << 10, connections: 256},
+	{name: quietTwin, what: "1 KB, one connection for each request, 4 at once", size: 1 << 10, connections: 4, close: true},
+	{name: "syn-flood", what: "the same in a flood of SYNs", size: 1 << 10, connections: 4, close: true, flood: "SYN"},
+	{name: "data-flood", what: "the same in a flood of ACKs and data that belong to nothing", size: 1 << 10, connections: 4, close: true, flood: "data"},
 	{name: "bulk-4", what: "100 MB over four connections", size: 100 << 20, connections: 4, bulk: true},
 }
 
@@ -98,6 +102,9 @@ func (r *rig) build() error {
 		return err
 	}
 	if err := r.origin.AddRoute(netip.Prefix{}, r.snip); err != nil {
+		return err
+	}
+	if err := r.router.AddRoute(strangers, r.sources[0]); err != nil {
 		return err
 	}
 	if err := r.router.AddAddr("lo", netip.PrefixFrom(r.vip.Addr(), 32)); err != nil {
@@ -305,8 +312,15 @@ func (r *rig) measure(ctx context.Context, p *lab.Process, c contender, l worklo
 	if err != nil {
 		return sample{}, err
 	}
+	stop := func() (float64, error) { return 0, nil }
+	if l.flood != "" {
+		if stop, err = r.flood(ctx, l.flood, job.Target); err != nil {
+			return sample{}, err
+		}
+	}
 	out, err := r.client.Run(ctx, r.self, job.args()...)
-	if err != nil {
+	flooded, floodErr := stop()
+	if err = errors.Join(err, floodErr); err != nil {
 		return sample{}, fmt.Errorf("load generator: %w", err)
 	}
 	after, err := r.count(p)
@@ -317,7 +331,7 @@ func (r *rig) measure(ctx context.Context, p *lab.Process, c contender, l worklo
 	if err := json.Unmarshal(out, &res); err != nil {
 		return sample{}, fmt.Errorf("load generator: %q: %w", out, err)
 	}
-	s := sample{loadResult: res, bulk: l.bulk}
+	s := sample{loadResult: res, bulk: l.bulk, flooded: flooded}
 	// A response that is not complete when the time is over is work all the
 	// same: bulk transfers are counted by their bytes.
 	n := float64(res.AllRequests)
