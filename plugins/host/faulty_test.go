@@ -60,8 +60,10 @@ func faulty(mode string) {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 		_ = cmd.Start()
 		os.Exit(4)
-	case "prints", "wrong-server", "tick-error", "panics":
+	case "prints", "wrong-server", "tick-error", "panics", "huge":
 		policies.Serve(policies.Plugin{Name: mode, Version: "0", New: func() policies.Policy { return bad(mode) }})
+	case "hesitates":
+		policies.Serve(policies.Plugin{Name: mode, Version: "0", New: func() policies.Policy { return bad(mode) }, Sends: []policies.Kind{policies.SendsScores}})
 	case "asked":
 		policies.Serve(policies.Plugin{
 			Name: mode, Version: "0", New: func() policies.Policy { return asked{} },
@@ -87,9 +89,18 @@ func (b bad) Tick(policies.Farm, *policies.Telemetry) (*policies.Snapshot, error
 		return &policies.Snapshot{Scores: &policies.Scores{Servers: []policies.Score{{Server: "s9", Score: 1}}}}, nil
 	case "tick-error":
 		return nil, errors.New("the weather is bad")
+	case "huge":
+		return &policies.Snapshot{Eligibility: &policies.Eligibility{Servers: []policies.Eligible{{Server: "s1", Reason: strings.Repeat("x", policies.MaxMessage)}}}}, nil
+	case "hesitates": // for so many ticks it knows nothing
+		if hesitated++; hesitated < 5 {
+			return nil, nil
+		}
+		return &policies.Snapshot{Scores: &policies.Scores{Servers: []policies.Score{{Server: "s1", Score: 7}}}}, nil
 	}
 	panic("out of cheese")
 }
+
+var hesitated int
 
 // orphanMaker is a host that waits to be killed.
 func orphanMaker(protection string) {
@@ -218,6 +229,7 @@ func TestHostFaultyTicks(t *testing.T) {
 	for mode, want := range map[string]string{
 		"wrong-server": `server "s9" is not a server of the farm`,
 		"tick-error":   "the weather is bad",
+		"huge":         "larger than max",
 	} {
 		t.Run(mode, func(t *testing.T) {
 			h, rec, _ := start(t, nil)

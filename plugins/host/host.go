@@ -327,6 +327,14 @@ func (h *Host) apply(ctx context.Context, plugins []PluginSpec, farms []FarmSpec
 			h.log.Warn("plugin does not take its configuration yet", "plugin", name, "error", err)
 		}
 	}
+	// The old process goes when its successor has said all that it knows.
+	for _, old := range gone {
+		if s := fresh[old.spec.name]; s != nil {
+			if err := s.spoken(ctx); err != nil {
+				h.log.Warn("plugin is replaced, and its successor has not spoken yet; the last snapshots stay in force", "plugin", old.spec.name, "error", err)
+			}
+		}
+	}
 	for _, s := range gone {
 		s.cancel()
 	}

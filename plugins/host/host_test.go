@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -439,6 +440,47 @@ func TestHostReplace(t *testing.T) {
 	}
 	if rec.count() != 1 {
 		t.Errorf("%d snapshots", rec.count())
+	}
+}
+
+// TestHostReplaceWaits: the old process goes only when its successor has sent
+// its first snapshot.
+func TestHostReplaceWaits(t *testing.T) {
+	var old atomic.Int64 // process
+	there := func() bool { return syscall.Kill(int(old.Load()), 0) == nil }
+	first, seen := make(chan bool, 1), make(chan bool, 1)
+	h, _, _ := start(t, func(o *Options) {
+		o.OnSnapshot = func(_, _ string, s *snapshot.Snapshot) {
+			to, saw := first, true
+			if s.Scores.Servers[0].Score == 7 {
+				to, saw = seen, there() // at the moment of the successor's first snapshot
+			}
+			select {
+			case to <- saw:
+			default:
+			}
+		}
+	})
+	f := farmSpec("s1", PolicyUse{Plugin: "p", Config: map[string]any{"server": "s1"}})
+	mustApply(t, h, []PluginSpec{{Name: "p", Command: []string{"prefer"}}}, f)
+	<-first
+	old.Store(int64(h.Status()[0].PID))
+	spec := as(t, "hesitates")
+	spec.StartTimeout = 10 * time.Second
+	mustApply(t, h, []PluginSpec{spec}, f)
+	select {
+	case was := <-seen:
+		if !was {
+			t.Error("the old process was gone before its successor had spoken")
+		}
+	default:
+		t.Error("Apply is over before the successor has spoken")
+	}
+	if there() {
+		t.Error("the old process is left")
+	}
+	if s := h.Snapshot("web", "p"); s == nil || s.Scores.Servers[0].Score != 7 {
+		t.Errorf("%+v", s)
 	}
 }
 

@@ -41,6 +41,7 @@ type supervisor struct {
 	cancel context.CancelFunc
 	calls  chan call
 	first  chan struct{} // closed when the first start has succeeded or failed
+	heard  chan struct{} // gets something after each round of ticks
 	done   chan struct{} // closed when run has returned
 
 	mu        sync.Mutex // guards what follows
@@ -54,6 +55,8 @@ type supervisor struct {
 	restarts  uint64
 	resting   bool
 	lastErr   error
+
+	retired bool // a successor speaks for it, and its snapshots count no more
 
 	asks asker
 }
@@ -83,7 +86,7 @@ func newSupervisor(h *Host, spec resolved, dir string, th *thread) *supervisor {
 	ctx, cancel := context.WithCancel(context.Background())
 	return &supervisor{
 		h: h, spec: spec, dir: dir, thread: th, log: h.log.With("plugin", spec.name), ctx: ctx, cancel: cancel,
-		calls: make(chan call), first: make(chan struct{}), done: make(chan struct{}),
+		calls: make(chan call), first: make(chan struct{}), heard: make(chan struct{}, 1), done: make(chan struct{}),
 		state: StateStarting, since: time.Now(),
 	}
 }
@@ -101,11 +104,10 @@ func (s *supervisor) run() {
 	defer close(s.done)
 	started := sync.OnceFunc(func() { close(s.first) })
 	defer started()
-	backoff := s.spec.backoffMin
-	var starts []time.Time
+	var pace pacing
 	for {
 		s.set(StateStarting, 0, nil)
-		starts = append(starts, time.Now())
+		pace.started(time.Now())
 		p, err := s.launch()
 		var key *policies.AskKey
 		if err == nil {
@@ -135,27 +137,17 @@ func (s *supervisor) run() {
 		if s.ctx.Err() != nil {
 			return
 		}
-		if time.Since(up) >= backoffReset {
-			backoff = s.spec.backoffMin
-		}
-		pause := backoff
-		for len(starts) > 0 && time.Since(starts[0]) > DefaultRestartWindow {
-			starts = starts[1:]
-		}
-		resting := s.spec.restarts > 0 && len(starts) >= s.spec.restarts
-		if resting {
-			pause = max(pause, DefaultRestartRest)
-		}
+		pace.min, pace.max, pace.limit = s.spec.backoffMin, s.spec.backoffMax, s.spec.restarts
+		pause := pace.ended(up, time.Now())
 		s.set(StateDown, 0, err)
 		s.mu.Lock()
-		s.resting = resting
+		s.resting = pace.resting
 		s.mu.Unlock()
 		s.log.Error("plugin is down, its last snapshots stay in force", "error", err, "restart_in", pause)
 		started()
 		if !s.rest(pause) {
 			return
 		}
-		backoff = min(2*backoff, s.spec.backoffMax)
 		s.mu.Lock()
 		s.restarts++
 		s.mu.Unlock()
@@ -195,6 +187,10 @@ func (s *supervisor) serve(p *process) error {
 		case <-t.C:
 			start := time.Now()
 			missed, err := s.tick(p)
+			select {
+			case s.heard <- struct{}{}:
+			default:
+			}
 			if err != nil {
 				select {
 				case <-p.child.exited:
@@ -313,7 +309,9 @@ func (s *supervisor) answered(f *farm, p *policypb.Snapshot) {
 	p.Generation = 0
 	if f.wire != nil && proto.Equal(p, f.wire) {
 		// A new process says the same as the one before.
+		s.mu.Lock()
 		f.have = have
+		s.mu.Unlock()
 		s.note(f, "")
 		s.renew(f, now)
 		return
@@ -336,6 +334,10 @@ func (s *supervisor) answered(f *farm, p *policypb.Snapshot) {
 		return
 	}
 	s.mu.Lock()
+	if s.retired {
+		s.mu.Unlock()
+		return
+	}
 	f.gen++
 	snap.Generation = f.gen
 	f.have, f.wire, f.snap, f.received = have, p, snap, now
@@ -357,9 +359,14 @@ func (s *supervisor) renew(f *farm, now time.Time) {
 	snap := *f.snap
 	snap.Expires = expires
 	s.mu.Lock()
-	f.snap = &snap
+	retired := s.retired
+	if !retired {
+		f.snap = &snap
+	}
 	s.mu.Unlock()
-	s.deliver(f)
+	if !retired {
+		s.deliver(f)
+	}
 }
 
 func (s *supervisor) deliver(f *farm) {
@@ -372,12 +379,17 @@ func (s *supervisor) deliver(f *farm) {
 // refuses is left out and said so; the error is a *RunError.
 func (s *supervisor) configure(p *process, farms []*farm) error {
 	for _, f := range farms {
+		s.mu.Lock()
 		f.have = 0
+		s.mu.Unlock()
 		err := s.configureOne(p, &f.farmConfig, false)
 		if down := (*RunError)(nil); errors.As(err, &down) {
 			return err
 		}
-		if f.refused = err != nil; f.refused {
+		s.mu.Lock()
+		f.refused = err != nil
+		s.mu.Unlock()
+		if err != nil {
 			s.note(f, err.Error())
 		}
 	}
@@ -492,7 +504,38 @@ func (s *supervisor) commit(ctx context.Context, spec resolved, want []farmConfi
 	})
 }
 
-// inherit takes over what the plugin's old process said, before commit.
+// spoken waits until the process has sent its snapshots for all farms, at most
+// for its start timeout.
+func (s *supervisor) spoken(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, s.spec.start)
+	defer cancel()
+	silent := func() string {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		for _, f := range s.farms {
+			if f.have == 0 && !f.refused {
+				return f.farm.Name
+			}
+		}
+		return ""
+	}
+	for {
+		farm := silent()
+		if farm == "" {
+			return nil
+		}
+		select {
+		case <-s.heard:
+		case <-s.done:
+			return &RunError{s.spec.name, errors.New("is stopped")}
+		case <-ctx.Done():
+			return &RunError{s.spec.name, fmt.Errorf("no snapshot for farm %q within %s", farm, s.spec.start)}
+		}
+	}
+}
+
+// inherit takes over what the plugin's old process said, before commit, and
+// from now on speaks for it.
 func (s *supervisor) inherit(old *supervisor) {
 	old.mu.Lock()
 	var farms []*farm
@@ -502,6 +545,7 @@ func (s *supervisor) inherit(old *supervisor) {
 		farms = append(farms, &c)
 	}
 	restarts := old.restarts
+	old.retired = true
 	old.mu.Unlock()
 	_ = s.do(s.ctx, func(*process) error {
 		s.mu.Lock()
