@@ -30,15 +30,15 @@ type observer struct {
 	failed  map[uint16][farm.FailKinds]uint64 // by farm.Server.ID
 	refused map[uint16]uint64                 // by farm.Farm.ID
 	reasons [engine.Reasons]uint64
-	plugins map[string]host.State
+	plugins map[string]*host.Status
 	dropped []uint64 // by shard, packets that the kernel could not queue
 }
 
 // observe makes events of counters that moved, until ctx ends.
 func (m *Module) observe(ctx context.Context) {
-	o := &observer{m: m, failed: map[uint16][farm.FailKinds]uint64{}, refused: map[uint16]uint64{}, plugins: map[string]host.State{}}
+	o := &observer{m: m, failed: map[uint16][farm.FailKinds]uint64{}, refused: map[uint16]uint64{}, plugins: map[string]*host.Status{}}
 	for _, p := range m.host.Status() {
-		o.plugins[p.Plugin] = p.State
+		o.plugins[p.Plugin] = &p
 	}
 	t := time.NewTicker(observePace)
 	defer t.Stop()
@@ -81,10 +81,8 @@ func (o *observer) look() {
 	}
 	o.queues()
 	for _, p := range o.m.host.Status() {
-		if was, known := o.plugins[p.Plugin]; was != p.State {
-			o.plugin(&p, known)
-		}
-		o.plugins[p.Plugin] = p.State
+		o.plugin(&p, o.plugins[p.Plugin])
+		o.plugins[p.Plugin] = &p
 	}
 }
 
@@ -135,17 +133,33 @@ func (o *observer) server(f *farm.Farm, s *farm.Server) {
 	o.failed[s.ID] = now
 }
 
-func (o *observer) plugin(p *host.Status, known bool) {
-	ev := control.Event{Name: control.EventPlugin, Plugin: p.Plugin, Text: fmt.Sprintf("plugin %s is %s", p.Plugin, p.State)}
-	switch {
-	case p.State == host.StateUp:
-	case !known && p.State == host.StateStarting:
-		return
-	default:
-		ev.Level = control.LevelWarn
+// plugin makes an event of what became of a plugin since the last look; was is
+// nil at the first one.
+func (o *observer) plugin(p, was *host.Status) {
+	ev := control.Event{Name: control.EventPlugin, Plugin: p.Plugin}
+	fails := func(format string, args ...any) {
+		ev.Level, ev.Text = control.LevelWarn, fmt.Sprintf(format, args...)
 		if p.LastError != "" {
 			ev.Text += ": " + p.LastError
 		}
+	}
+	switch {
+	case was != nil && p.Resting && !was.Resting:
+		fails("plugin %s ends again and again, and is started once in %s from now on", p.Plugin, host.DefaultRestartRest)
+	case was != nil && p.Restarts > was.Restarts && p.State == host.StateUp:
+		// It may have been down for less than the time between two looks.
+		ev.Count = p.Restarts - was.Restarts
+		fails("plugin %s was started again, %d times", p.Plugin, ev.Count)
+	case was != nil && p.Restarts == was.Restarts && p.State == was.State && p.PID != was.PID && p.State == host.StateUp:
+		ev.Text = fmt.Sprintf("plugin %s is another process: %d instead of %d, version %s", p.Plugin, p.PID, was.PID, p.Version)
+	case was != nil && p.State == was.State:
+		return
+	case p.State == host.StateUp:
+		ev.Text = fmt.Sprintf("plugin %s is up, version %s", p.Plugin, p.Version)
+	case was == nil && p.State == host.StateStarting:
+		return
+	default:
+		fails("plugin %s is %s", p.Plugin, p.State)
 	}
 	o.m.event(ev)
 }

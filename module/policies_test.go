@@ -4,7 +4,9 @@ package module
 
 import (
 	"context"
+	"log/slog"
 	"net/netip"
+	"strings"
 	"testing"
 
 	"github.com/weirgate/weir/module/control"
@@ -27,6 +29,40 @@ func policyFarm(t *testing.T, policies ...snapshot.Policy) *farm.DB {
 		t.Fatal(err)
 	}
 	return db
+}
+
+// TestPluginEvents: what becomes of plugins is told, also what lies between two
+// looks.
+func TestPluginEvents(t *testing.T) {
+	m := &Module{log: slog.New(slog.DiscardHandler)}
+	o := &observer{m: m}
+	var was *host.Status
+	for _, c := range []struct {
+		now         host.Status
+		level, want string // "": no event
+	}{
+		{host.Status{State: host.StateStarting}, "", ""},
+		{host.Status{State: host.StateUp, PID: 7, Version: "1"}, "info", "plugin p is up, version 1"},
+		{host.Status{State: host.StateUp, PID: 7}, "", ""},
+		{host.Status{State: host.StateDown, LastError: "exit status 1"}, "warn", "plugin p is down: exit status 1"},
+		{host.Status{State: host.StateUp, PID: 8, Restarts: 1, LastError: "exit status 1"}, "warn", "started again, 1 times: exit status 1"},
+		{host.Status{State: host.StateUp, PID: 12, Restarts: 4, LastError: "x"}, "warn", "started again, 3 times"},
+		{host.Status{State: host.StateUp, PID: 13, Restarts: 4, Version: "2"}, "info", "is another process: 13 instead of 12, version 2"},
+		{host.Status{State: host.StateDown, Restarts: 9, Resting: true, LastError: "y"}, "warn", "once in 30s from now on: y"},
+		{host.Status{State: host.StateDown, Restarts: 9, Resting: true}, "", ""},
+	} {
+		c.now.Plugin = "p"
+		seq := m.events.Last()
+		o.plugin(&c.now, was)
+		was = &c.now
+		list, _, _ := m.events.After(seq)
+		switch {
+		case c.want == "" && len(list) > 0, c.want != "" && len(list) != 1:
+			t.Errorf("%+v: %v", c.now, list)
+		case c.want != "" && (list[0].Plugin != "p" || list[0].Name != control.EventPlugin || list[0].Level != c.level || !strings.Contains(list[0].Text, c.want)):
+			t.Errorf("%+v, want %s", list[0], c.want)
+		}
+	}
 }
 
 func TestTelemetry(t *testing.T) {

@@ -154,6 +154,8 @@ var (
 var (
 	pluginUp       = gauge("plugin_up", "1 if the plugin runs and answers.", labelPlugin)
 	pluginRestarts = counter("plugin_restarts_total", "How often the plugin was started again.", labelPlugin)
+	pluginResting  = gauge("plugin_resting", "1 if the plugin ended so often that it is started only now and then.", labelPlugin)
+	pluginAnswers  = counter("plugin_questions_total", "Questions to a plugin about requests, by what came of them.", labelPlugin, labelReason)
 	pluginTick     = gauge("plugin_last_answer_time_seconds", "When the plugin last answered for the farm, seconds since 1970; 0 is never.", labelPlugin, labelFarm)
 	pluginSnapshot = gauge("plugin_snapshot_generation", "Generation of the plugin's last snapshot for the farm; 0 is none.", labelPlugin, labelFarm)
 	policyEvents   = counter("policy_events_total", "What a farm's policy did with requests.", labelFarm, labelPlugin, labelReason)
