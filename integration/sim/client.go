@@ -432,9 +432,9 @@ func (c *client) Closed(_ *tcp.Conn, why error) {
 	if c.through {
 		return
 	}
-	if c.paused && errors.Is(why, tcp.ErrReset) {
+	if c.paused && (why == nil || errors.Is(why, tcp.ErrReset)) {
 		c.paused = false
-		c.consume(c.conn) // what came before the reset can still be read
+		c.consume(c.conn) // what came before the end can still be read
 	}
 	c.through = true
 	c.w.open--
@@ -461,6 +461,9 @@ func (c *client) Closed(_ *tcp.Conn, why error) {
 		// The server's close ended both sides; requests that crossed it are
 		// answered by a reset.
 		c.excuse("the server closed after the answer before")
+		return
+	case c.flow.silent || c.w.now-c.flow.heard > silence:
+		c.excuse("nothing of the client's arrived for two minutes")
 		return
 	case c.done == len(c.exchanges) && !c.w.Scenario.Strict:
 		if errors.Is(why, tcp.ErrReset) && c.w.gentle() && !c.cut {

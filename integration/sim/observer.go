@@ -67,8 +67,10 @@ type clientFlow struct {
 	top     uint64     // highest position that the engine sent to it, plus one
 	acked   uint64     // highest acknowledgment that the engine sent to it
 	answers []answer
-	reset   bool // the engine's RST was sent
-	closed  bool // the engine's FIN was sent
+	heard   int64 // when something of the client's reached the engine
+	silent  bool  // for longer than silence nothing did
+	reset   bool  // the engine's RST was sent
+	closed  bool  // the engine's FIN was sent
 	fin     uint64
 }
 
@@ -184,6 +186,8 @@ func (o *observer) seen(d Direction, t *packet.TCP) {
 	}
 	if d == FromClient {
 		for _, f := range o.clients[t.Src()] {
+			f.silent = f.silent || f.heard != 0 && o.w.now-f.heard > silence
+			f.heard = o.w.now
 			if at := wide(t.Seq(), f.iss, max(f.in.End(), 1)); plausible(at, f.in.End()) {
 				mark(&f.in, uint64(at), n, fl)
 			}
@@ -196,6 +200,10 @@ func (o *observer) seen(d Direction, t *packet.TCP) {
 		}
 	}
 }
+
+// silence is after how long the engine may take a client for gone, to which its
+// server talks: twice the time for which it waits for a server.
+const silence = 2*60*second - second
 
 // plausible says whether a position can belong to a stream that has reached
 // end: incarnations of one 4-tuple differ by more.

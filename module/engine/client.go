@@ -111,6 +111,9 @@ const nearby = packet.Size(64 << 10)
 // guess of nothing but an acknowledgment number would mark bytes as delivered
 // that never arrived.
 func acceptable(c *splice.Client, p *packet.TCP) bool {
+	// What it may repeat begins where it was last acknowledged, which is as far
+	// behind as the server's window is large.
+	low := packet.MinSeq(c.RcvNxt, c.RcvAcked).Sub(nearby)
 	edge := c.RcvNxt.Add(nearby)
 	if c.State == splice.ClientSpliced {
 		if c.Flags&splice.ClientReqEndKnown != 0 {
@@ -119,7 +122,7 @@ func acceptable(c *splice.Client, p *packet.TCP) bool {
 			edge = c.RcvNxt.Add(packet.Size(splice.TrueWindow(0xffff, splice.ScaleToClient)))
 		}
 	}
-	return p.Seq().In(c.RcvNxt.Sub(nearby), edge) || c.RcvNxt.Sub(nearby).Less(p.End()) && p.Seq().Less(c.RcvNxt)
+	return p.Seq().In(low, edge) || low.Less(p.End()) && p.Seq().Less(c.RcvNxt)
 }
 
 // stranger handles a segment to a VIP that has no record: the end of a

@@ -120,3 +120,28 @@ func TestBeyondEdge(t *testing.T) {
 	}
 	g.client(c1, seg{fl: rst, seq: seq + n + 1000})
 }
+
+// TestFarBehind: a client repeats what the server lacks though it lies farther
+// behind its newest byte than most windows are large: much of its next request
+// is held already. It is not taken for a stranger's segment.
+func TestFarBehind(t *testing.T) {
+	g := newRig(t, oneServer, keepIdle)
+	g.iss = []packet.Seq{1999}
+	seq, a := g.open(c1, 100, 9000)
+	const size = 100_000
+	head := "POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n"
+	n := packet.Seq(len(head))
+	g.client(c1, seg{fl: ack | psh, seq: seq, ack: a, data: head})
+	g.server(s1, 10240, seg{fl: syn | ack, seq: 499, ack: 2000, opts: sackPermitted})
+	g.server(s1, 10240, seg{fl: ack, seq: 500, ack: 2000 + n, win: 2000}) // scale 7
+	piece := strings.Repeat("b", 1000)
+	for at := packet.Seq(0); at < size; at += 1000 {
+		g.client(c1, seg{fl: ack | psh, seq: seq + n + at, ack: a, data: piece})
+	}
+	// The server lacks the first piece, and acknowledges none of the others.
+	g.expect("repeated", g.client(c1, seg{fl: ack | psh, seq: seq + n, ack: a, data: piece}), "S1 DATA:2053,500(1000)")
+	if n := g.e.Count.Get(ReasonOutOfWindow); n != 0 {
+		t.Errorf("%d segments were out of the window", n)
+	}
+	g.client(c1, seg{fl: rst, seq: seq + n + size})
+}

@@ -207,9 +207,11 @@ func TestClientResetDrainLimit(t *testing.T) {
 	g.idle(0)
 }
 
-// TestServerFinish: a server's FIN after a complete response ends both sides;
-// on an idle connection it only leaves the pool; in the middle of a response
-// the client sees a reset.
+// TestServerFinish: a server's FIN after a complete response that has not
+// announced the end is the server connection's affair, as on an idle one: the
+// client, whose next request may be under way, asks on. Behind one that has
+// announced it, it ends both sides. In the middle of a response the client sees
+// a reset.
 func TestServerFinish(t *testing.T) {
 	start := func(t *testing.T) (*rig, packet.Seq, packet.Seq) {
 		g := newRig(t, oneServer, keepIdle)
@@ -221,7 +223,16 @@ func TestServerFinish(t *testing.T) {
 	}
 	t.Run("complete", func(t *testing.T) {
 		g, seq, a := start(t)
-		g.expect("response", g.server(s1, 10240, seg{fl: ack | psh | fin, seq: 500, ack: 2050, data: resp(100)}), "C1 RESP FIN:9001,151(100)")
+		g.expect("response", g.server(s1, 10240, seg{fl: ack | psh | fin, seq: 500, ack: 2050, data: resp(100)}), "C1 RESP:9001,151(100)")
+		out := g.client(c1, seg{fl: ack | psh, seq: seq + 50, ack: a + 100, data: get("/", 50)})
+		if strings.Join(out, "; ") != "S1 FIN:2050,601(0); S1 SYN:7999,0(0)" {
+			t.Errorf("the next request leads to %q", out)
+		}
+		g.server(s1, 10240, seg{fl: ack, seq: 601, ack: 2051})
+	})
+	t.Run("announced", func(t *testing.T) {
+		g, seq, a := start(t)
+		g.expect("response", g.server(s1, 10240, seg{fl: ack | psh | fin, seq: 500, ack: 2050, data: resp(100, "Connection: close\r\n")}), "C1 RESP FIN:9001,151(100)")
 		g.expect("client closes", g.client(c1, seg{fl: ack | fin, seq: seq + 50, ack: a + 101}),
 			"C1 ACK:9102,152(0)", "S1 FIN:2050,601(0)")
 		g.server(s1, 10240, seg{fl: ack, seq: 601, ack: 2051})

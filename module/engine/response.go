@@ -166,10 +166,11 @@ func (e *Engine) serverFINActive(r splice.Ref, c *splice.Client, s splice.Ref, v
 		c.Flags |= splice.ClientWantClose
 		return true
 	case v.Flags&splice.ServerRespEnd != 0 && v.RespEnd == end:
-		// Complete: a server's FIN ends both sides.
+		// Complete. If the response's head has not announced the end, it is that
+		// of the server connection alone: the client has not been told not to
+		// ask again, and its next request may be under way.
 		v.Flags |= splice.ServerFINSeen
 		e.noReuse(v, ReasonServerFIN)
-		c.Flags |= splice.ClientWantClose
 		return true
 	}
 	// Truncated: the client must see that (a clean FIN would hide it).

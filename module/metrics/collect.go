@@ -158,6 +158,7 @@ func (x scrape) usage(ctx context.Context, s *Source) {
 		x.set(tombstones, float64(u.Tombs), q)
 		x.set(heldRequests, float64(u.Held), q)
 		x.set(keptSegments, float64(u.Kept), q)
+		x.set(timersArmed, float64(u.Timers), q)
 	}
 }
 

@@ -71,6 +71,7 @@ var (
 	tombstones     = gauge("tombstones", "Client connections that are over and still remembered.", labelQueue)
 	heldRequests   = gauge("held_requests", "Client connections of which bytes are held.", labelQueue)
 	keptSegments   = gauge("kept_segments", "Segments that are kept beyond a gap.", labelQueue)
+	timersArmed    = gauge("timers", "Timers of the engine that are set.", labelQueue)
 )
 
 // Queues, emitters and rules.
