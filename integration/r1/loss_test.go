@@ -22,7 +22,7 @@ func (r *rig) exchanges(t *testing.T, n int, stream uint64) {
 	var done, connections, posts, repeated atomic.Int64
 	before := r.metrics()
 	const perConnection = 12
-	parallel(t, (n+perConnection/2-1)/(perConnection/2), 24, func(i int) error {
+	parallel(t, n/(perConnection/2-1), 24, func(i int) error {
 		rnd := rand.New(rand.NewPCG(r.seed, stream+uint64(i)))
 		host := r.Clients[i%len(r.Clients)]
 		files := rnd.IntN(4) == 0
