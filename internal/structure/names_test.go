@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package structure
+
+import (
+	"io/fs"
+	"path"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+var testName = regexp.MustCompile("`((?:module|integration|nft|plugins|policies|internal)(?:/[a-z0-9_]+)*)\\.(Test[A-Za-z0-9_]+)`")
+
+// TestNamedTests: every test by which docs/security.md shows a guarantee
+// exists in the package that it names.
+func TestNamedTests(t *testing.T) {
+	b, err := fs.ReadFile(top, "docs/security.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	have := map[string]bool{}
+	for _, f := range tree(t) {
+		if !f.test {
+			continue
+		}
+		for line := range strings.Lines(string(f.src)) {
+			if name, ok := strings.CutPrefix(line, "func "); ok {
+				name, _, _ = strings.Cut(name, "(")
+				have[path.Clean(f.dir)+"."+name] = true
+			}
+		}
+	}
+	names := testName.FindAllStringSubmatch(string(b), -1)
+	if len(names) < 20 {
+		t.Errorf("only %d tests are named", len(names))
+	}
+	for _, m := range names {
+		if !have[m[1]+"."+m[2]] {
+			t.Errorf("docs/security.md names %s.%s, which does not exist", m[1], m[2])
+		}
+	}
+}
