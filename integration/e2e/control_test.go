@@ -47,16 +47,19 @@ func TestDrainUnderLoad(t *testing.T) {
 		})
 		r.mustWeir("servers", word, "s1")
 		set := time.Now()
+		after := r.server("s1").Requests
+		until(t, 5*time.Second, "no idle connection of s1", func() bool { return r.server("s1").Idle == 0 })
+		if took := time.Since(set); took > time.Second {
+			t.Errorf("%s: idle connections were there for %s", word, took)
+		}
 		// Nothing new at once: what was under way when the command returned is
 		// at most one request per client.
-		after := r.server("s1").Requests
 		l.progress(100)
 		if n := r.server("s1").Requests - after; n > 8 {
 			t.Errorf("%s: %d requests reached the server after the command", word, n)
 		}
-		until(t, 5*time.Second, "no idle connection of s1", func() bool { return r.server("s1").Idle == 0 })
-		if took := time.Since(set); took > time.Second {
-			t.Errorf("%s: idle connections were there for %s", word, took)
+		if n := r.server("s1").Idle; n != 0 {
+			t.Errorf("%s: %d idle connections again", word, n)
 		}
 		if s := r.server("s1"); s.State != word || s.Active == 0 {
 			t.Errorf("%s: %+v, want a running exchange", word, s)
