@@ -4,10 +4,12 @@ package engine
 
 import (
 	"fmt"
+	"net/netip"
 	"strings"
 	"testing"
 
 	"github.com/weirgate/weir/module/packet"
+	"github.com/weirgate/weir/module/splice"
 )
 
 // spliced brings a client into a long response.
@@ -108,4 +110,33 @@ func set(b []byte, seq, ack packet.Seq) {
 		b[24+i] = byte(seq >> (24 - 8*i))
 		b[28+i] = byte(ack >> (24 - 8*i))
 	}
+}
+
+// BenchmarkFlowsSlice is what packets may have to wait for when somebody lists
+// 100,000 connections: one slice of it, of as many as the control API copies
+// between two batches, and one that finds none.
+func BenchmarkFlowsSlice(b *testing.B) {
+	const n = 100_000
+	g := newRigOf(&testing.T{}, n, oneServer)
+	for i := range n {
+		client := netip.AddrPortFrom(netip.AddrFrom4([4]byte{198, 18, byte(i >> 8), byte(i)}), uint16(1000+(i>>16)))
+		g.cookies[packet.Seq(i)] = 7000
+		g.SYN(client, packet.Seq(i))
+		g.client(client, seg{fl: ack | psh, seq: packet.Seq(i + 1), ack: 7001, data: "GET /half"})
+	}
+	b.Run("full", func(b *testing.B) {
+		list := make([]Flow, 0, 512)
+		var from splice.Ref
+		for b.Loop() {
+			list, from = g.e.Flows(from, list[:0])
+		}
+	})
+	g = newRigOf(&testing.T{}, n, oneServer)
+	b.Run("empty", func(b *testing.B) {
+		list := make([]Flow, 0, 512)
+		var from splice.Ref
+		for b.Loop() {
+			list, from = g.e.Flows(from, list[:0])
+		}
+	})
 }
