@@ -373,7 +373,7 @@ func TestManAndCompletion(t *testing.T) {
 		return out.String()
 	}
 	page := run("man")
-	for _, want := range []string{`.TH "WEIR" "8"`, "weir-servers(8)", "weir-trace(8)", "Exit codes"} {
+	for _, want := range []string{`.TH "WEIR" "8"`, "weir-servers(8)", "weir-trace(8)", ".SH EXIT STATUS", ".SH FILES", "/etc/weir/conf.d/*.yaml", "WEIR_LOG__LEVEL"} {
 		if !strings.Contains(page, want) {
 			t.Errorf("the page has no %q:\n%s", want, page)
 		}
@@ -383,6 +383,9 @@ func TestManAndCompletion(t *testing.T) {
 	files, err := filepath.Glob(filepath.Join(dir, "*.8"))
 	if err != nil || len(files) < 20 {
 		t.Errorf("%d pages, %v", len(files), err)
+	}
+	if b, err := os.ReadFile(filepath.Join(dir, "weir.8")); err != nil || string(b) != page {
+		t.Errorf("the page in the directory is another one: %v", err)
 	}
 	for _, shell := range []string{"bash", "zsh", "fish"} {
 		if out := run("completion", shell); !strings.Contains(out, "weir") {
