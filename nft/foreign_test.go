@@ -93,99 +93,104 @@ func brief(f *Finding) string {
 	return fmt.Sprintf("%v%s: %s: %s: %s", f.Trouble, sure, f.Path, f.Place(), f.Rule)
 }
 
+// A foreignCase is a ruleset of others and what is found in it.
+type foreignCase struct {
+	name string
+	load func(t *testing.T)
+	want []string
+	// applied stands for the fixes where these need a tool that runs
+	// nowhere but on a real system; nil to run the fixes.
+	applied func(t *testing.T)
+}
+
+var foreignCases = []foreignCase{
+	{name: "nothing", load: func(*testing.T) {}},
+	{name: "bans", load: func(t *testing.T) { nftFile(t, "bans.nft") }},
+	{
+		name: "router", load: func(t *testing.T) { nftFile(t, "router.nft") },
+		want: []string{
+			"drops_marked: reverse path: inet filter reverse_path: fib saddr . iif oif missing drop",
+			"drops_marked: forward: inet filter forward: policy drop",
+			"drops_marked: output: inet filter output: policy drop",
+		},
+	},
+	{
+		name: "iptables-nft", load: func(t *testing.T) {
+			restore(t, "iptables-nft-restore", citizenData+"iptables.v4")
+			restore(t, "ip6tables-nft-restore", citizenData+"iptables.v6")
+		},
+		want: []string{
+			"drops_marked: reverse path: ip raw PREROUTING: -m rpfilter drop",
+			"drops_marked: reverse path: ip6 raw PREROUTING: -m rpfilter drop",
+			"drops_marked: forward: ip filter FORWARD: policy drop",
+			"drops_marked: forward: ip6 filter FORWARD: policy drop",
+			"drops_marked: output: ip filter OUTPUT: policy drop",
+			"drops_marked: output: ip6 filter OUTPUT: policy drop",
+		},
+	},
+	{
+		name: "iptables-legacy", load: func(t *testing.T) {
+			restore(t, "iptables-legacy-restore", citizenData+"iptables.v4")
+			restore(t, "ip6tables-legacy-restore", citizenData+"iptables.v6")
+		},
+		want: []string{
+			"drops_marked: reverse path: ip6tables-legacy raw PREROUTING: -A PREROUTING -m rpfilter -j DROP",
+			"drops_marked: reverse path: iptables-legacy raw PREROUTING: -A PREROUTING -m rpfilter -j DROP",
+			"drops_marked: forward: ip6tables-legacy filter FORWARD: policy drop",
+			"drops_marked: forward: iptables-legacy filter FORWARD: policy drop",
+			"drops_marked: output: ip6tables-legacy filter OUTPUT: policy drop",
+			"drops_marked: output: iptables-legacy filter OUTPUT: policy drop",
+		},
+	},
+	{
+		name: "ufw", load: func(t *testing.T) {
+			restore(t, "iptables-nft-restore", citizenData+"ufw.v4")
+			restore(t, "ip6tables-nft-restore", citizenData+"ufw.v6")
+		},
+		want: []string{
+			"drops_marked: forward: ip filter FORWARD: policy drop",
+			"drops_marked: forward: ip6 filter FORWARD: policy drop",
+		},
+		applied: func(t *testing.T) {
+			carryOut(t, "iptables-nft -I ufw-before-forward -m mark --mark 0x57000000/0xff000000 -j ACCEPT")
+			carryOut(t, "ip6tables-nft -I ufw6-before-forward -m mark --mark 0x57000000/0xff000000 -j ACCEPT")
+		},
+	},
+	{
+		name: "docker", load: func(t *testing.T) { restore(t, "iptables-nft-restore", citizenData+"docker.v4") },
+		want: []string{"drops_marked: forward: ip filter FORWARD: policy drop"},
+	},
+	{
+		name: "firewalld", load: func(t *testing.T) { nftFile(t, "firewalld.nft") },
+		want: []string{
+			"drops_marked: reverse path: inet firewalld filter_PREROUTING: meta nfproto ipv6 fib saddr . mark . iif oif missing drop",
+			"drops_marked: forward: inet firewalld filter_FORWARD (through filter_FWD_internal): reject",
+		},
+		applied: func(t *testing.T) { nftLoad(t, "flush ruleset"); nftFile(t, "firewalld-changed.nft") },
+	},
+	{
+		name: "fw4", load: func(t *testing.T) { nftFile(t, "fw4.nft") },
+		want: []string{"drops_marked: forward: inet fw4 forward (through handle_reject): meta l4proto tcp reject"},
+		applied: func(t *testing.T) {
+			nftLoad(t, "insert rule inet fw4 forward meta mark & 0xff000000 == 0x57000000 accept")
+		},
+	},
+	{
+		name: "synproxy", load: func(t *testing.T) { nftFile(t, "synproxy.nft") },
+		want: []string{
+			"drops_marked: forward: ip x f: tcp dport { 80, 8080 } ct state invalid,untracked synproxy",
+			"takes_syn: input: ip x z: tcp dport { 80, 8080 } ct state invalid,untracked synproxy",
+		},
+		applied: func(t *testing.T) {
+			nftLoad(t, "insert rule ip x f meta mark & 0xff000000 == 0x57000000 accept\ninsert rule ip x y ip daddr 203.0.113.10 tcp dport 80 accept\n")
+		},
+	},
+}
+
 // TestForeignFindings: of each ruleset exactly the chains are found that drop
 // what we send, and what the finding says to do takes it away.
 func TestForeignFindings(t *testing.T) {
-	for _, c := range []struct {
-		name string
-		load func(t *testing.T)
-		want []string
-		// applied stands for the fixes where these need a tool that runs
-		// nowhere but on a real system; nil to run the fixes.
-		applied func(t *testing.T)
-	}{
-		{name: "nothing", load: func(*testing.T) {}},
-		{name: "bans", load: func(t *testing.T) { nftFile(t, "bans.nft") }},
-		{
-			name: "router", load: func(t *testing.T) { nftFile(t, "router.nft") },
-			want: []string{
-				"drops_marked: reverse path: inet filter reverse_path: fib saddr . iif oif missing drop",
-				"drops_marked: forward: inet filter forward: policy drop",
-				"drops_marked: output: inet filter output: policy drop",
-			},
-		},
-		{
-			name: "iptables-nft", load: func(t *testing.T) {
-				restore(t, "iptables-nft-restore", citizenData+"iptables.v4")
-				restore(t, "ip6tables-nft-restore", citizenData+"iptables.v6")
-			},
-			want: []string{
-				"drops_marked: reverse path: ip raw PREROUTING: -m rpfilter drop",
-				"drops_marked: reverse path: ip6 raw PREROUTING: -m rpfilter drop",
-				"drops_marked: forward: ip filter FORWARD: policy drop",
-				"drops_marked: forward: ip6 filter FORWARD: policy drop",
-				"drops_marked: output: ip filter OUTPUT: policy drop",
-				"drops_marked: output: ip6 filter OUTPUT: policy drop",
-			},
-		},
-		{
-			name: "iptables-legacy", load: func(t *testing.T) {
-				restore(t, "iptables-legacy-restore", citizenData+"iptables.v4")
-				restore(t, "ip6tables-legacy-restore", citizenData+"iptables.v6")
-			},
-			want: []string{
-				"drops_marked: reverse path: ip6tables-legacy raw PREROUTING: -A PREROUTING -m rpfilter -j DROP",
-				"drops_marked: reverse path: iptables-legacy raw PREROUTING: -A PREROUTING -m rpfilter -j DROP",
-				"drops_marked: forward: ip6tables-legacy filter FORWARD: policy drop",
-				"drops_marked: forward: iptables-legacy filter FORWARD: policy drop",
-				"drops_marked: output: ip6tables-legacy filter OUTPUT: policy drop",
-				"drops_marked: output: iptables-legacy filter OUTPUT: policy drop",
-			},
-		},
-		{
-			name: "ufw", load: func(t *testing.T) {
-				restore(t, "iptables-nft-restore", citizenData+"ufw.v4")
-				restore(t, "ip6tables-nft-restore", citizenData+"ufw.v6")
-			},
-			want: []string{
-				"drops_marked: forward: ip filter FORWARD: policy drop",
-				"drops_marked: forward: ip6 filter FORWARD: policy drop",
-			},
-			applied: func(t *testing.T) {
-				carryOut(t, "iptables-nft -I ufw-before-forward -m mark --mark 0x57000000/0xff000000 -j ACCEPT")
-				carryOut(t, "ip6tables-nft -I ufw6-before-forward -m mark --mark 0x57000000/0xff000000 -j ACCEPT")
-			},
-		},
-		{
-			name: "docker", load: func(t *testing.T) { restore(t, "iptables-nft-restore", citizenData+"docker.v4") },
-			want: []string{"drops_marked: forward: ip filter FORWARD: policy drop"},
-		},
-		{
-			name: "firewalld", load: func(t *testing.T) { nftFile(t, "firewalld.nft") },
-			want: []string{
-				"drops_marked: reverse path: inet firewalld filter_PREROUTING: meta nfproto ipv6 fib saddr . mark . iif oif missing drop",
-				"drops_marked: forward: inet firewalld filter_FORWARD (through filter_FWD_internal): reject",
-			},
-			applied: func(t *testing.T) { nftLoad(t, "flush ruleset"); nftFile(t, "firewalld-changed.nft") },
-		},
-		{
-			name: "fw4", load: func(t *testing.T) { nftFile(t, "fw4.nft") },
-			want: []string{"drops_marked: forward: inet fw4 forward (through handle_reject): meta l4proto tcp reject"},
-			applied: func(t *testing.T) {
-				nftLoad(t, "insert rule inet fw4 forward meta mark & 0xff000000 == 0x57000000 accept")
-			},
-		},
-		{
-			name: "synproxy", load: func(t *testing.T) { nftFile(t, "synproxy.nft") },
-			want: []string{
-				"drops_marked: forward: ip x f: tcp dport { 80, 8080 } ct state invalid,untracked synproxy",
-				"takes_syn: input: ip x z: tcp dport { 80, 8080 } ct state invalid,untracked synproxy",
-			},
-			applied: func(t *testing.T) {
-				nftLoad(t, "insert rule ip x f meta mark & 0xff000000 == 0x57000000 accept\ninsert rule ip x y ip daddr 203.0.113.10 tcp dport 80 accept\n")
-			},
-		},
-	} {
+	for _, c := range foreignCases {
 		t.Run(c.name, func(t *testing.T) {
 			newRouter(t)
 			c.load(t)

@@ -3,6 +3,7 @@
 package citizen
 
 import (
+	"encoding/json"
 	"net/netip"
 	"path/filepath"
 	"regexp"
@@ -152,6 +153,37 @@ func (r *rig) others() string {
 	return regexp.MustCompile(` expires \w+|\[\d+:\d+\]|packets \d+ bytes \d+`).ReplaceAllString(out.String(), "")
 }
 
+// doctorFinds runs weir doctor --probe beside the running instance. It has to
+// name the chains of these findings and no others, by reading and by probe
+// packets; without any, all probes have to pass.
+func (r *rig) doctorFinds(want []nft.Finding) {
+	r.t.Helper()
+	out := r.shell(r.bin + " doctor --probe -o json --config " + r.dir + "/weir.yaml || true")
+	var list []struct{ Check, Level, Text string }
+	if err := json.Unmarshal([]byte(out), &list); err != nil {
+		r.t.Fatalf("%v: %s", err, out)
+	}
+	named, passed := 0, false
+	for _, f := range list {
+		switch {
+		case f.Check == "tables" && f.Level != "ok":
+			named++
+			if !slices.ContainsFunc(want, func(w nft.Finding) bool {
+				return strings.HasPrefix(f.Text, w.Place()+": ") && strings.Contains(f.Text, w.Rule)
+			}) {
+				r.t.Errorf("the doctor finds without need: %+v", f)
+			}
+		case f.Check == "probes" && f.Level == "ok":
+			passed = true
+		case len(want) == 0 && (f.Level == "warn" || f.Level == "fail"):
+			r.t.Errorf("the doctor finds without need: %+v", f)
+		}
+	}
+	if named != len(want) || passed != (len(want) == 0) {
+		r.t.Errorf("the doctor names %d chains, want %d; all probes came through: %v\n%s", named, len(want), passed, out)
+	}
+}
+
 // TestBesideRulesets: beside each ruleset, weir serves after the documented
 // change, the ruleset goes on deciding who may come, and stays as it is.
 func TestBesideRulesets(t *testing.T) {
@@ -183,9 +215,11 @@ func TestBesideRulesets(t *testing.T) {
 					t.Errorf("found without need: %s", &found[i])
 				}
 			}
+			r.doctorFinds(found)
 			if c.change != nil {
 				c.change(r)
 			}
+			r.doctorFinds(nil)
 			still := r.foreign()
 			for i := range still {
 				t.Errorf("after the change there is still: %s", &still[i])

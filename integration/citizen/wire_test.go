@@ -190,7 +190,13 @@ func (w *watch) judge() {
 			continue
 		}
 		s.Time = rec.Time
-		w.legs[rec.Iface].judge(s)
+		l := w.legs[rec.Iface]
+		// What comes in in the router's own name are the doctor's probes. What
+		// may leave is judged when it leaves.
+		if !rec.Outgoing && (l.front(s.Src) || l.never != nil && l.never(s)) {
+			continue
+		}
+		l.judge(s)
 	}
 	for leg, l := range w.legs {
 		for i, b := range l.bad {

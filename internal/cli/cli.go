@@ -57,7 +57,7 @@ type Hooks struct {
 
 	// Doctor looks at this host and reports what is in the way of an instance
 	// of this configuration.
-	Doctor func(ctx context.Context, cfg *config.Config) ([]Finding, error)
+	Doctor func(ctx context.Context, cfg *config.Config, probe bool) ([]Finding, error)
 
 	// Replay runs a capture through an engine of this configuration.
 	Replay func(ctx context.Context, cfg *config.Config, capture io.Reader, out io.Writer, asJSON bool) error

@@ -22,7 +22,7 @@ var everyHook = Hooks{
 	Upgrade:      func(context.Context, *config.Config, string, io.Writer) error { return nil },
 	Demo:         func(context.Context, DemoOptions, io.Writer) error { return nil },
 	Cleanup:      func(context.Context, *config.Config, io.Writer) error { return nil },
-	Doctor:       func(context.Context, *config.Config) ([]Finding, error) { return nil, nil },
+	Doctor:       func(context.Context, *config.Config, bool) ([]Finding, error) { return nil, nil },
 	Replay:       func(context.Context, *config.Config, io.Reader, io.Writer, bool) error { return nil },
 	CheckPlugins: func(context.Context, *config.Config) error { return nil },
 }

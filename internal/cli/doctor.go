@@ -12,12 +12,12 @@ import (
 
 func (a *app) doctorCommand() *cobra.Command {
 	var output string
-	var all bool
+	var all, probe bool
 	cmd := &cobra.Command{
 		Use:   "doctor",
 		Short: "Look at this host, its kernel, sysctls and other tables",
 		Long: "doctor looks for everything that keeps an instance of the configuration from starting or its packets from passing, says what it means, and names the command that mends it. " +
-			"It changes nothing. The exit code is 0 if all is well, 3 if it works but not for all, 1 if it cannot work.",
+			"It changes nothing. With --probe it also sends packets like those of Weir and of clients through the tables of others, has nftables trace them, and tells where they end; none of them leaves the host. The exit code is 0 if all is well, 3 if it works but not for all, 1 if it cannot work.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if output != "table" && output != "json" {
@@ -27,7 +27,7 @@ func (a *app) doctorCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			list, err := a.hooks.Doctor(cmd.Context(), cfg)
+			list, err := a.hooks.Doctor(cmd.Context(), cfg, probe)
 			if err != nil {
 				return hookError(err)
 			}
@@ -54,6 +54,7 @@ func (a *app) doctorCommand() *cobra.Command {
 	a.configFlags(cmd)
 	cmd.Flags().StringVarP(&output, "output", "o", "table", "`FORMAT` of the output: table or json")
 	cmd.Flags().BoolVarP(&all, "verbose", "v", false, "explain also what is well")
+	cmd.Flags().BoolVar(&probe, "probe", false, "follow probe packets through the tables of others; some are sent only while an instance runs")
 	return cmd
 }
 

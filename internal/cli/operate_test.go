@@ -415,7 +415,7 @@ func TestDoctorCommand(t *testing.T) {
 	} {
 		var out, errs bytes.Buffer
 		code := Main([]string{"weir", "doctor", "--config", file}, nil, &out, &errs, Hooks{
-			Doctor: func(context.Context, *config.Config) ([]Finding, error) { return c.list, nil },
+			Doctor: func(context.Context, *config.Config, bool) ([]Finding, error) { return c.list, nil },
 		})
 		if code != c.code || !strings.Contains(out.String(), c.want) {
 			t.Errorf("%+v: exit code %d\n%s%s", c.list, code, out.String(), errs.String())
@@ -457,7 +457,7 @@ func TestBrokenConfigs(t *testing.T) {
 			var out, errs bytes.Buffer
 			code := Main([]string{"weir", command, "--config", path}, nil, &out, &errs, Hooks{
 				Run:    func(context.Context, Instance) (int, error) { t.Error("it runs"); return 0, nil },
-				Doctor: func(context.Context, *config.Config) ([]Finding, error) { t.Error("it looks"); return nil, nil },
+				Doctor: func(context.Context, *config.Config, bool) ([]Finding, error) { t.Error("it looks"); return nil, nil },
 			})
 			if code != ExitUsage || errs.String() != string(want) || out.Len() > 0 {
 				t.Errorf("weir %s --config %s: exit code %d\n%s%s\nwant\n%s", command, path, code, out.String(), errs.String(), want)

@@ -13,12 +13,17 @@ import (
 	"github.com/weirgate/weir/module/control/capture"
 	"github.com/weirgate/weir/module/doctor"
 	"github.com/weirgate/weir/module/replay"
+	"github.com/weirgate/weir/nft"
 )
 
 // examine looks at this host for an instance of the configuration.
-func examine(ctx context.Context, cfg *config.Config) ([]cli.Finding, error) {
+func examine(ctx context.Context, cfg *config.Config, probe bool) ([]cli.Finding, error) {
 	var out []cli.Finding
-	for _, f := range doctor.Examine(ctx, doctor.This(), cfg, module.Ruleset(cfg)) {
+	host := doctor.This()
+	if probe {
+		host.Trace = nft.Trace
+	}
+	for _, f := range doctor.Examine(ctx, host, cfg, module.Ruleset(cfg)) {
 		out = append(out, cli.Finding{Check: f.Check, Level: string(f.Level), Text: f.Text, Why: f.Why, Command: f.Command})
 	}
 	return out, nil

@@ -3,7 +3,9 @@
 // Package doctor looks at a host for everything that keeps an instance from
 // starting, or its packets from passing, and names the command that mends it.
 //
-// It changes nothing, opens a queue for a moment at most, and sends no packet.
+// It changes nothing, opens a queue for a moment at most, and sends no packet,
+// unless it is asked for probe packets (Host.Trace): these make a table for a
+// moment, and none of them leaves the host.
 // It must not decide what an instance may do: the start refuses by itself what
 // cannot work, and says less.
 package doctor
@@ -54,6 +56,7 @@ type Host struct {
 	Guard        func() error               // whether the guard of a table that cannot be owned can run
 	Queue        func(first uint16) error   // opens a queue and closes it again
 	Foreign      func(nft.Params) ([]nft.Finding, error)
+	Trace        func(nft.Params) ([]nft.Traced, error) // sends probe packets; nil not to
 	Interfaces   func(nft.Params) ([]string, error)
 	Strict       func(dir string, ifaces ...string) ([]string, error)
 	Forwarding   func(nft.Params, ...string) error
@@ -413,8 +416,14 @@ func (d *doctor) foreign() {
 	}
 	if len(list) == 0 {
 		d.add("tables", OK, "the tables of others let new connections and translated packets through", "", "")
-		return
 	}
+	var traced []nft.Traced
+	if d.h.Trace != nil {
+		if traced, err = d.h.Trace(d.params); err != nil {
+			d.broken("probes", err)
+		}
+	}
+	list = d.probes(list, traced)
 	for i := range list {
 		f := &list[i]
 		level, why := Warn, ""
@@ -433,6 +442,61 @@ func (d *doctor) foreign() {
 		}
 		d.add("tables", level, f.String(), why, f.Fix)
 	}
+}
+
+// probes tells what became of probe packets. What ended one and was not found
+// by reading is added to the findings, and what was merely possible is certain
+// where one ended. A SYN that is refused by some ways and let in by others is
+// as it should be.
+func (d *doctor) probes(list []nft.Finding, traced []nft.Traced) []nft.Finding {
+	if len(traced) == 0 {
+		return list
+	}
+	let := map[string]bool{} // VIPs that a new connection came through to
+	vip := func(t *nft.Traced) string {
+		_, to, _ := strings.Cut(t.Packet, " -> ")
+		to, _, _ = strings.Cut(to, ",")
+		return to
+	}
+	for i := range traced {
+		if t := &traced[i]; t.Kind == "new connection" && t.Passed {
+			let[vip(t)] = true
+		}
+	}
+	passed := 0
+	lost := map[string]int{}
+	for i := range traced {
+		t := &traced[i]
+		switch {
+		case t.Passed:
+			passed++
+		case t.Ended == nil:
+			lost[t.Lost]++
+			if lost[t.Lost] == 1 {
+				level := Warn
+				if strings.HasPrefix(t.Lost, "not sent") {
+					level = Note
+				}
+				d.add("probes", level, fmt.Sprintf("%s (%s): %s", t.Kind, t.Packet, t.Lost), "The probe stands for what Weir sends, or a client.", "")
+			}
+		case t.Ended.Trouble == nft.DropsSYN && let[vip(t)]:
+		default:
+			at := slices.IndexFunc(list, func(f nft.Finding) bool {
+				return f.Trouble == t.Ended.Trouble && f.Family == t.Ended.Family && f.Table == t.Ended.Table && f.Chain == t.Ended.Chain
+			})
+			if at < 0 {
+				list = append(list, *t.Ended)
+			} else if !list[at].Certain {
+				list[at] = *t.Ended
+			}
+		}
+	}
+	if passed == len(traced) {
+		d.add("probes", OK, fmt.Sprintf("%d probe packets came through all tables", passed), "", "")
+	} else {
+		d.add("probes", Note, fmt.Sprintf("%d of %d probe packets came through all tables", passed, len(traced)), "", "")
+	}
+	return list
 }
 
 // routes looks for ways to VIPs and servers.

@@ -176,6 +176,50 @@ func TestRunning(t *testing.T) {
 	}
 }
 
+// TestProbes: what probe packets show is told beside what reading shows, once.
+func TestProbes(t *testing.T) {
+	read := nft.Finding{Trouble: nft.DropsMarked, Family: "inet", Table: "filter", Chain: "forward", Rule: "a rate", Fix: "read"}
+	sure := read
+	sure.Certain, sure.Fix = true, "probed"
+	other := nft.Finding{Trouble: nft.DropsMarked, Certain: true, Family: "ip", Table: "raw", Chain: "PREROUTING", Rule: "policy drop", Fix: "other"}
+	syn := nft.Finding{Trouble: nft.DropsSYN, Certain: true, Family: "inet", Table: "filter", Chain: "input", Rule: "policy drop", Fix: "let in"}
+	new1, new2 := "198.18.0.11:40000 -> 203.0.113.10:80, in lan", "198.19.0.11:40000 -> 203.0.113.10:80, in dmz"
+	for _, c := range []struct {
+		name  string
+		found []nft.Finding
+		list  []nft.Traced
+		err   error
+		want  []string // level, check and a part of the command or text of all but the other checks
+	}{
+		{"all pass", nil, []nft.Traced{{Passed: true}, {Passed: true}}, nil, []string{"ok tables", "ok probes 2 probe packets"}},
+		{"what was possible is certain", []nft.Finding{read}, []nft.Traced{{Passed: true}, {Ended: &sure}, {Ended: &sure}}, nil, []string{"note probes 1 of 3", "fail tables probed"}},
+		{"what reading has not found", []nft.Finding{sure}, []nft.Traced{{Ended: &other}}, nil, []string{"note probes 0 of 1", "fail tables probed", "fail tables other"}},
+		{"refused on one way, let in on the other", nil, []nft.Traced{{Kind: "new connection", Packet: new1, Passed: true}, {Kind: "new connection", Packet: new2, Ended: &syn}}, nil, []string{"ok tables", "note probes 1 of 2"}},
+		{"refused on all ways", nil, []nft.Traced{{Kind: "new connection", Packet: new1, Ended: &syn}, {Kind: "new connection", Packet: new2, Ended: &syn}}, nil, []string{"ok tables", "note probes 0 of 2", "warn tables let in"}},
+		{"lost", nil, []nft.Traced{{Kind: "response", Lost: "by iptables-legacy"}, {Kind: "response", Lost: "by iptables-legacy"}, {Kind: "request", Lost: "not sent: x"}}, nil,
+			[]string{"ok tables", "warn probes by iptables-legacy", "note probes not sent: x", "note probes 0 of 3"}},
+		{"no BPF", nil, nil, nft.ErrNoInjection, []string{"ok tables", "warn probes CONFIG_BPF_SYSCALL"}},
+	} {
+		h := healthy(t)
+		h.Foreign = func(nft.Params) ([]nft.Finding, error) { return c.found, nil }
+		h.Trace = func(nft.Params) ([]nft.Traced, error) { return c.list, c.err }
+		var got []Finding
+		for _, f := range Examine(t.Context(), h, &config.Config{RuntimeDir: "/run/weir"}, params()) {
+			if f.Check == "tables" || f.Check == "probes" {
+				got = append(got, f)
+			}
+		}
+		fits := len(got) == len(c.want)
+		for i := 0; fits && i < len(got); i++ {
+			w := strings.SplitN(c.want[i]+" ", " ", 3)
+			fits = string(got[i].Level) == w[0] && got[i].Check == w[1] && strings.Contains(got[i].Text+" "+got[i].Command+" ", strings.TrimSpace(w[2]))
+		}
+		if !fits {
+			t.Errorf("%s: %+v, want %q", c.name, got, c.want)
+		}
+	}
+}
+
 // TestUnknown: what cannot be asked is said, and the rest goes on.
 func TestUnknown(t *testing.T) {
 	h := healthy(t)
