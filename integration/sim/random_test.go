@@ -33,6 +33,10 @@ func (a *tally) add(r *Result) {
 	a.Packets += r.Packets
 	a.Steps += r.Steps
 	a.Time += r.Time
+	a.Kills += r.Kills
+	a.Inside += r.Inside
+	a.Undone += r.Undone
+	a.Lost += r.Lost
 	for i := range r.Counters {
 		a.Counters[i] += r.Counters[i]
 	}

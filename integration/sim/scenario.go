@@ -142,6 +142,9 @@ type Scenario struct {
 
 	Bound int64 // virtual time within which an exchange must be over
 	Idle  int64 // virtual time after which the engine must be at its baseline
+	// Kills is how often the engine dies, per step; a successor goes on with
+	// what the memory holds at that instant.
+	Kills float64
 	// Strict forbids every reset that no plan accounts for.
 	Strict bool
 }
@@ -183,6 +186,7 @@ const (
 	partWire
 	partBytes
 	partWorld
+	partNemesis
 )
 
 // Random draws a scenario.

@@ -13,6 +13,7 @@ import (
 	"github.com/weirgate/weir/integration/sim/tcp"
 	"github.com/weirgate/weir/module/engine"
 	"github.com/weirgate/weir/module/farm"
+	"github.com/weirgate/weir/module/flowstore"
 	"github.com/weirgate/weir/module/packet"
 	"github.com/weirgate/weir/module/pool"
 )
@@ -54,6 +55,9 @@ type Result struct {
 	Requests  int // redispatches are not counted again
 	Opened    uint64
 	Reused    uint64
+	// Of the nemesis: deaths, those in the middle of a step, records that were
+	// put back, connections that could not go on.
+	Kills, Inside, Undone, Lost int
 }
 
 // startTime is when a run begins: not 0, because 0 often means "never".
@@ -108,6 +112,9 @@ type World struct {
 	let      []parcel // what the present step let out
 	order    []int
 	atEnd    func() // looks at a run that ended well
+	spec     farm.Spec
+	mem      *flowstore.Memory // what outlives the engine
+	nemesis  nemesis
 }
 
 func (w *World) after(d int64, do func()) { w.q.push(happening{at: w.now + d, do: do}) }
@@ -169,7 +176,7 @@ func NewWorld(s *Scenario, h Hooks) *World {
 	if err != nil {
 		panic("sim: the scenario's farm is not valid: " + err.Error())
 	}
-	w.db = db
+	w.db, w.spec = db, spec
 	for d := range w.wires {
 		w.wires[d] = wire{w: w, dir: Direction(d), spec: s.Wires[d], rnd: stream(s.Seed, partWire, uint64(d))}
 	}
@@ -208,7 +215,19 @@ func (w *World) renew() {
 			return packet.Seq(s.EngineToServer[(n-1)%len(s.EngineToServer)])
 		}
 	}
-	w.eng = engine.New(opt, w.db)
+	if s.Kills == 0 {
+		w.eng = engine.New(opt, w.db)
+		return
+	}
+	if w.mem == nil {
+		w.mem = flowstore.NewHeap()
+		w.nemesis.init(w)
+	}
+	var err error
+	if w.eng, err = engine.Open(opt, w.mem, w.db); err != nil {
+		panic("sim: " + err.Error())
+	}
+	w.nemesis.took = w.eng.Recover(w.now)
 }
 
 // host returns the machine with an address.
@@ -356,6 +375,9 @@ func (w *World) toEngine(d Direction, p *parcel) {
 	if w.Hooks.Arriving != nil {
 		p.b = w.Hooks.Arriving(w, d, p.b)
 	}
+	if w.Scenario.Kills > 0 && w.nemesis.lost() {
+		return // it waited for the engine that died
+	}
 	w.noteParcel(noteArrived, d, p)
 	st := packet.ChecksumUnknown
 	if p.partial {
@@ -388,6 +410,10 @@ func (w *World) step(ev *engine.Event, d Direction, p *parcel) {
 		w.renew()
 	}
 	w.out.Reset()
+	if w.Scenario.Kills > 0 && w.nemesis.strikes() {
+		w.nemesis.kill(ev)
+		return
+	}
 	w.eng.Step(w.now, ev, &w.out)
 	mss := 0
 	if p != nil {
@@ -402,6 +428,21 @@ func (w *World) step(ev *engine.Event, d Direction, p *parcel) {
 // emitAll takes what a step let out: crafted packets first, then the one under
 // verdict.
 func (w *World) emitAll(ev *engine.Event, mss int) {
+	w.collect(ev, mss)
+	if len(w.let) == 0 {
+		return
+	}
+	if w.Hooks.Emitted != nil {
+		w.tamper()
+	}
+	w.observe()
+	for i := range w.let {
+		w.emit(&w.let[i])
+	}
+}
+
+// collect takes what a step let out.
+func (w *World) collect(ev *engine.Event, mss int) {
 	w.let = w.let[:0]
 	for i := range w.out.Len() {
 		w.let = append(w.let, parcel{b: append([]byte(nil), w.out.Packet(i)...)})
@@ -413,16 +454,6 @@ func (w *World) emitAll(ev *engine.Event, mss int) {
 		case engine.Accept:
 			w.fail("INV-3", "the engine lets a packet of a diverted flow go on unchanged")
 		}
-	}
-	if len(w.let) == 0 {
-		return
-	}
-	if w.Hooks.Emitted != nil {
-		w.tamper()
-	}
-	w.observe()
-	for i := range w.let {
-		w.emit(&w.let[i])
 	}
 }
 
@@ -559,6 +590,7 @@ func (w *World) finish() {
 	for i := range r.Counters {
 		r.Counters[i] = w.eng.Count.Get(engine.Reason(i))
 	}
+	r.Kills, r.Inside, r.Undone, r.Lost = w.nemesis.kills, w.nemesis.inside, w.nemesis.undone, w.nemesis.lostBy
 	f := w.db.Farms[0]
 	r.Opened, r.Reused = f.Stats.Opened.Load(), f.Stats.Reused.Load()
 }

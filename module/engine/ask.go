@@ -222,6 +222,7 @@ func (e *Engine) answerQuestion(id uint64, answer *snapshot.Answer, ttl int64) {
 			f.CountLate(n.policy)
 		}
 		e.dispatch(r, c, nil, nil)
+		e.commit()
 	}
 }
 

@@ -301,9 +301,13 @@ func (e *Engine) wakeFarm(id uint16) {
 		}
 		if e.clients.Live(r) {
 			c := e.clients.At(r)
-			if c.Flags&splice.ClientWaiting != 0 && c.Farm == id && c.State == splice.ClientBinding && !e.dispatch(r, c, nil, nil) {
-				stuck++
-				continue
+			if c.Flags&splice.ClientWaiting != 0 && c.Farm == id && c.State == splice.ClientBinding {
+				moved := e.dispatch(r, c, nil, nil)
+				e.commit()
+				if !moved {
+					stuck++
+					continue
+				}
 			}
 		}
 		l.refs[i] = 0
@@ -396,6 +400,7 @@ func (e *Engine) setReqEnd(c *splice.Client, v *splice.Server) {
 func (e *Engine) overlay(r splice.Ref, c *splice.Client, d *side) {
 	h := &d.req
 	d.sent, d.sentOK = d.held, true
+	c.Flags &^= splice.ClientEdited
 	var mode farm.ForwardedMode
 	trusted := false
 	if f := e.db.FarmByID(c.Farm); f != nil {
@@ -434,6 +439,7 @@ func (e *Engine) overlay(r splice.Ref, c *splice.Client, d *side) {
 	}
 	c.Epoch.InsOff, c.Epoch.InsLen = uint32(ins), uint32(len(out)-ins)
 	d.edited = append(out, d.held[c.HeadLen-2:]...)
+	c.Flags |= splice.ClientEdited
 	d.sent = d.edited
 }
 
@@ -562,6 +568,7 @@ func (e *Engine) rewindable(c *splice.Client, d *side) bool {
 	}
 	c.Flags &^= splice.ClientReqEndKnown | splice.ClientReqBad | splice.ClientFINSeen
 	d.next = d.next[:0]
+	d.nextMirrored = 0
 	d.frames, d.frameBytes = d.frames[:0], d.frameBytes[:0]
 	c.RcvNxt = end
 	c.ReqBody.Start(d.req.Body, d.req.Length)

@@ -26,6 +26,7 @@
 //	server.go    packets of servers outside a splice; the pooled connection's life
 //	answer.go    the engine's own responses, closing, tombstones
 //	timers.go    what happens when nothing happens
+//	store.go     what a successor needs; takeover.go: how it goes on
 package engine
 
 import (
@@ -185,12 +186,26 @@ type Engine struct {
 	preopening bool
 
 	access *access // nil: no access log
+	store  store
 
 	Count Counters
 }
 
 // New makes an engine over a database of farms.
 func New(opt Options, db *farm.DB) *Engine {
+	e := newEngine(opt, db)
+	opt = e.opt
+	e.clients = flowstore.New[splice.Client](opt.Clients, mix(opt.Seed, 1))
+	e.servers = flowstore.New[splice.Server](opt.Servers, mix(opt.Seed, 2))
+	e.embryos = flowstore.NewRing(embryoPlaces(opt), embryoLife, mix(opt.Seed, 3))
+	e.tombs = flowstore.NewRing(tombPlaces(opt), tombLife, mix(opt.Seed, 4))
+	return e
+}
+
+func embryoPlaces(opt Options) int { return max(opt.Clients/4, 1024) }
+func tombPlaces(opt Options) int   { return max(opt.Clients, 1024) }
+
+func newEngine(opt Options, db *farm.DB) *Engine {
 	if opt.Limits == (http1.Limits{}) {
 		opt.Limits = http1.DefaultLimits()
 	}
@@ -199,15 +214,11 @@ func New(opt Options, db *farm.DB) *Engine {
 		opt.Census = NewCensus(opt.Clients, opt.Seed)
 	}
 	e := &Engine{
-		opt:     opt,
-		db:      db,
-		clients: flowstore.New[splice.Client](opt.Clients, mix(opt.Seed, 1)),
-		servers: flowstore.New[splice.Server](opt.Servers, mix(opt.Seed, 2)),
-		embryos: flowstore.NewRing(max(opt.Clients/4, 1024), embryoLife, mix(opt.Seed, 3)),
-		tombs:   flowstore.NewRing(max(opt.Clients, 1024), tombLife, mix(opt.Seed, 4)),
-		idle:    pool.New(opt.Servers),
-		waits:   map[uint16]*line{},
-		rnd:     mix(opt.Seed, 5),
+		opt:   opt,
+		db:    db,
+		idle:  pool.New(opt.Servers),
+		waits: map[uint16]*line{},
+		rnd:   mix(opt.Seed, 5),
 	}
 	e.wheel.init(opt.Clients + opt.Servers + 5)
 	return e
@@ -230,6 +241,9 @@ func (e *Engine) Step(now int64, ev *Event, out *Output) {
 		e.armPreopen()
 	}
 	e.advance()
+	if len(e.store.resume) > 0 {
+		e.goOn()
+	}
 	switch ev.Kind {
 	case Packet:
 		e.packet(ev)
@@ -248,6 +262,7 @@ func (e *Engine) Step(now int64, ev *Event, out *Output) {
 		e.wakeFarm(id)
 	}
 	e.payOwed()
+	e.commit()
 	e.out = nil
 }
 
@@ -378,7 +393,7 @@ func (e *Engine) Usage() Usage {
 // response under way, and of connections of both sides that only wait for
 // their peer's last words.
 func (e *Engine) Running() (busy, closing int) {
-	e.clients.Each(func(_ splice.Ref, c *splice.Client) bool {
+	e.clients.Range(func(_ splice.Ref, c *splice.Client) bool {
 		if c.State == splice.ClientClosing {
 			closing++
 		} else {

@@ -92,18 +92,20 @@ func pathMSS(mtu int, v6 bool, now uint16) (uint16, bool) {
 // TooBig tells the engine that an emitted packet did not fit the way to a
 // destination: an MTU of the router's own, without an ICMP error.
 func (e *Engine) TooBig(dst packet.Addr, mtu int) {
-	e.clients.Each(func(r splice.Ref, c *splice.Client) bool {
+	e.clients.Range(func(r splice.Ref, c *splice.Client) bool {
 		if e.clients.Key(r).Src.Addr == dst {
 			if mss, ok := pathMSS(mtu, !dst.Is4(), c.MSS); ok {
-				c.MSS = mss
+				e.clients.At(r).MSS = mss
+				e.commit()
 			}
 		}
 		return true
 	})
-	e.servers.Each(func(s splice.Ref, v *splice.Server) bool {
+	e.servers.Range(func(s splice.Ref, v *splice.Server) bool {
 		if e.servers.Key(s).Src.Addr == dst && v.State != splice.ServerConnecting {
 			if mss, ok := pathMSS(mtu, !dst.Is4(), v.MSS); ok {
-				v.MSS = mss
+				e.servers.At(s).MSS = mss
+				e.commit()
 			}
 		}
 		return true

@@ -57,7 +57,7 @@ func (e *Engine) Flows(from splice.Ref, list []Flow) (out []Flow, next splice.Re
 }
 
 func (e *Engine) flow(r splice.Ref) Flow {
-	c, k := e.clients.At(r), e.clients.Key(r)
+	c, k := e.clients.Peek(r), e.clients.Key(r)
 	f := Flow{
 		Client: k.Src, VIP: k.Dst, State: c.State, Waiting: c.Flags&splice.ClientWaiting != 0, Farm: c.Farm,
 		Method: c.Method, Attempts: c.Attempts, Started: c.Started, Last: c.Last, Epoch: c.Epoch,
@@ -67,7 +67,7 @@ func (e *Engine) flow(r splice.Ref) Flow {
 		f.Held = len(d.held) + len(d.next)
 	}
 	if c.Srv != 0 {
-		v, sk := e.servers.At(c.Srv), e.servers.Key(c.Srv)
+		v, sk := e.servers.Peek(c.Srv), e.servers.Key(c.Srv)
 		f.Server, f.ServerState, f.SNIP, f.Remote = v.ID, v.State, sk.Dst, sk.Src
 		f.UntilClose = v.Flags&splice.ServerUntilClose != 0
 	}
@@ -97,7 +97,7 @@ func (e *Engine) Conns(from splice.Ref, list []Conn) (out []Conn, next splice.Re
 		if !e.servers.Live(s) {
 			continue
 		}
-		v, k := e.servers.At(s), e.servers.Key(s)
+		v, k := e.servers.Peek(s), e.servers.Key(s)
 		list = append(list, Conn{
 			Server: v.ID, State: v.State, SNIP: k.Dst, Requests: v.Requests, Opened: v.Opened,
 			Idle: v.Idle, Last: v.Last, MSS: v.MSS, SACK: v.Flags&splice.ServerSACK != 0,
@@ -163,6 +163,7 @@ func (e *Engine) CloseIdle(now int64, server uint16, out *Output) (more bool) {
 				return
 			}
 			e.closeServer(s, e.servers.At(s), ReasonServerGone)
+			e.commit()
 		}
 		more = e.idle.Oldest(server) != 0
 	})
@@ -180,8 +181,9 @@ func (e *Engine) CutServer(now int64, server uint16, from splice.Ref, out *Outpu
 			if n >= sliceSlots {
 				return
 			}
-			if e.servers.Live(s) && e.servers.At(s).ID == server {
+			if e.servers.Live(s) && e.servers.Peek(s).ID == server {
 				e.cutServer(s, e.servers.At(s))
+				e.commit()
 			}
 		}
 		s = 0
@@ -233,6 +235,7 @@ func (e *Engine) LeaveVIP(now int64, vip packet.Endpoint, from splice.Ref, cut b
 			default:
 				c.Flags |= splice.ClientWantClose
 			}
+			e.commit()
 			if e.clients.Live(r) {
 				left++
 			}

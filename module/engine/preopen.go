@@ -63,6 +63,7 @@ func (e *Engine) fill(f *farm.Farm, sv *farm.Server) {
 			return
 		}
 		e.Count.add(ReasonPreopened)
+		e.commit()
 	}
 }
 
@@ -71,7 +72,7 @@ func (e *Engine) fill(f *farm.Farm, sv *farm.Server) {
 func (e *Engine) opening(id uint16) int {
 	n := 0
 	if sv := e.db.Server(id); sv != nil && sv.Stats.Connecting.Load() > 0 {
-		e.servers.Each(func(_ splice.Ref, v *splice.Server) bool {
+		e.servers.Range(func(_ splice.Ref, v *splice.Server) bool {
 			if v.ID == id && v.Cli == 0 && v.State == splice.ServerConnecting {
 				n++
 			}
@@ -91,6 +92,7 @@ func (e *Engine) relieve() {
 			}
 			if s := e.idle.Oldest(sv.ID); s != 0 && sv.Stats.Wanted.CompareAndSwap(true, false) {
 				e.closeServer(s, e.servers.At(s), ReasonMaxIdle)
+				e.commit()
 			}
 		}
 		e.wake(f.ID)

@@ -38,6 +38,9 @@ type side struct {
 	answered []answerOf
 	question uint64
 	why      Reason // why the last attempt failed
+
+	// How much of held and next stands in the mirror.
+	heldMirrored, nextMirrored int
 }
 
 // maxKeptBuffer bounds what a free side keeps of its buffers, bytes.
@@ -76,6 +79,7 @@ func (s *sides) put(i uint32) {
 	d.sentOK, d.scanned, d.why = false, 0, ReasonNone
 	clear(d.answered)
 	d.want, d.answered, d.question = nil, d.answered[:0], 0
+	d.heldMirrored, d.nextMirrored = 0, 0
 	s.free = append(s.free, i)
 	s.used--
 }

@@ -578,6 +578,7 @@ func (e *Engine) nextRequest(r splice.Ref, c *splice.Client, d *side, p *packet.
 	if d != nil {
 		d.held = append(d.held[:0], d.next...)
 		d.next = d.next[:0]
+		d.swap(c)
 		d.sentOK, d.sent = false, nil
 		d.scanned = 0
 		d.why = ReasonNone

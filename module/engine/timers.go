@@ -166,6 +166,7 @@ func (e *Engine) advance() {
 			}
 		}
 		e.payOwed()
+		e.commit()
 	}
 }
 
@@ -371,6 +372,7 @@ func (e *Engine) stop() {
 		} else {
 			c.Flags |= splice.ClientWantClose
 		}
+		e.commit()
 		return true
 	})
 	e.servers.Each(func(s splice.Ref, v *splice.Server) bool {
@@ -382,6 +384,7 @@ func (e *Engine) stop() {
 		case v.State == splice.ServerDraining:
 			e.killServer(s, v, ReasonStopped)
 		}
+		e.commit()
 		return true
 	})
 }
@@ -399,10 +402,12 @@ func (e *Engine) abort() {
 			c.Srv = 0
 		}
 		e.resetClient(r, c, ReasonStopped)
+		e.commit()
 		return true
 	})
 	e.servers.Each(func(s splice.Ref, v *splice.Server) bool {
 		e.killServer(s, v, ReasonStopped)
+		e.commit()
 		return true
 	})
 }

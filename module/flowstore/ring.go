@@ -4,6 +4,7 @@ package flowstore
 
 import (
 	"math/bits"
+	"unsafe"
 
 	"github.com/weirgate/weir/module/packet"
 )
@@ -26,6 +27,8 @@ type Brief struct {
 // by 4-tuple and return the newest.
 type Ring struct {
 	items   []Brief
+	sec     *Section // nil: ordinary memory
+	note    *uint32  // where a successor reads head
 	buckets []uint32 // index+1 into items, 0 = empty
 	mask    uint32
 	seed    uint64
@@ -37,9 +40,31 @@ type Ring struct {
 
 // NewRing makes a ring for n entries that live for the given seconds.
 func NewRing(n int, lifeSeconds uint32, seed uint64) *Ring {
+	g := newRing(n, lifeSeconds, seed)
+	g.items = make([]Brief, max(n, 2))
+	g.note = new(uint32)
+	return g
+}
+
+// NewRingIn makes a ring in the next section of a Memory. What a predecessor
+// left there counts after Recover.
+func NewRingIn(m *Memory, tag uint32, n int, lifeSeconds uint32, seed uint64) (*Ring, error) {
+	g := newRing(n, lifeSeconds, seed)
+	sec, err := m.Section(tag, max(n, 2)+1, unsafe.Sizeof(Brief{}))
+	if err != nil {
+		return nil, err
+	}
+	if !sec.Ensure(3 * int(unsafe.Sizeof(Brief{}))) {
+		return nil, errNoRoom
+	}
+	all := cast[Brief](sec)
+	g.items, g.sec, g.note = all[1:max(n, 2)+1], sec, &all[0].next
+	return g, nil
+}
+
+func newRing(n int, lifeSeconds uint32, seed uint64) *Ring {
 	size := 1 << bits.Len(uint(max(n, 2)-1))
 	return &Ring{
-		items:   make([]Brief, max(n, 2)),
 		buckets: make([]uint32, size),
 		mask:    uint32(size - 1),
 		seed:    seed,
@@ -58,6 +83,14 @@ func (g *Ring) bucket(k *packet.Tuple) *uint32 {
 // Put remembers an entry; nowSeconds is its birth. It reports whether a live
 // entry had to be evicted for it.
 func (g *Ring) Put(b Brief, nowSeconds uint32) (evicted bool) {
+	if g.sec != nil && !g.sec.Ensure((int(g.head)+2)*int(unsafe.Sizeof(Brief{}))) {
+		// No memory for more: the ring is as long as it has become.
+		g.items = g.items[:g.head]
+		g.head = 0
+		if int(g.tail) >= len(g.items) {
+			g.tail = 0
+		}
+	}
 	it := &g.items[g.head]
 	if it.used() {
 		evicted = nowSeconds-it.born < g.life
@@ -76,6 +109,7 @@ func (g *Ring) Put(b Brief, nowSeconds uint32) (evicted bool) {
 	*it = b
 	g.n++
 	g.head = g.after(g.head)
+	*g.note = g.head
 	return evicted
 }
 
@@ -148,4 +182,35 @@ func (g *Ring) unlink(i uint32) {
 	}
 	it.dead = true
 	g.n--
+}
+
+// Recover takes over what a predecessor left and that is not past its life.
+// It returns how many entries that were.
+func (g *Ring) Recover(nowSeconds uint32) int {
+	if limit := g.sec.ready/int(unsafe.Sizeof(Brief{})) - 1; limit < len(g.items) && int(*g.note) > limit {
+		*g.note = 0 // not written by us
+	}
+	usable := min(len(g.items), g.sec.ready/int(unsafe.Sizeof(Brief{}))-1)
+	g.head = *g.note
+	if int(g.head) >= len(g.items) {
+		g.head = 0
+	}
+	g.tail = g.head
+	// From the oldest to the newest, so that chains begin with the newest.
+	i := g.head
+	for range g.items {
+		if int(i) < usable {
+			it := &g.items[i]
+			if it.used() && it.born <= nowSeconds && nowSeconds-it.born < g.life {
+				bk := g.bucket(&it.Key)
+				it.next = *bk
+				*bk = i + 1
+				g.n++
+			} else if *it != (Brief{}) {
+				*it = Brief{}
+			}
+		}
+		i = g.after(i)
+	}
+	return g.n
 }

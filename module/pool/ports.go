@@ -2,7 +2,12 @@
 
 package pool
 
-import "github.com/weirgate/weir/module/packet"
+import (
+	"cmp"
+	"slices"
+
+	"github.com/weirgate/weir/module/packet"
+)
 
 // Ports hands out the source ports of one SNIP in one shard's slice of the
 // range. The port that was free longest comes first, so that a reused port has
@@ -16,6 +21,7 @@ type Ports struct {
 	head  int
 	n     int
 	quiet int64
+	since []int64 // by port: where a successor reads when it was freed, 0 = rested; may be nil
 }
 
 type freePort struct {
@@ -58,9 +64,39 @@ func (p *Ports) Take(now int64) uint16 {
 // Put gives a port back; its quarantine begins. A port that never carried a
 // connection past its SYN may be given back as rested.
 func (p *Ports) Put(port uint16, now int64, rested bool) {
+	if p.since != nil {
+		at := now
+		if rested {
+			at = 0
+		}
+		p.since[port-p.lo] = at
+	}
 	p.free[(p.head+p.n)%len(p.free)] = freePort{port: port, since: now, fresh: rested}
 	p.n++
 }
 
 // Has reports whether the port lies in this allocator's slice.
 func (p *Ports) Has(port uint16) bool { return port >= p.lo && int(port) < int(p.lo)+len(p.free) }
+
+// Size is the number of ports of the slice, in use or not.
+func (p *Ports) Size() int { return len(p.free) }
+
+// Keep has the times of quarantine live in memory that a successor finds, one
+// number per port of the slice, and takes over what a predecessor left there.
+// used says which ports are in use. It comes before the first Take.
+func (p *Ports) Keep(since []int64, now int64, used func(port uint16) bool) {
+	p.since = since
+	rest := p.free[:0]
+	for _, f := range p.free[:p.n] {
+		if used(f.port) {
+			continue
+		}
+		at := since[f.port-p.lo]
+		if at > now || at < 0 {
+			at = now // not written by us: let it rest
+		}
+		rest = append(rest, freePort{port: f.port, since: at, fresh: at == 0})
+	}
+	p.head, p.n = 0, len(rest)
+	slices.SortStableFunc(rest, func(a, b freePort) int { return cmp.Compare(a.since, b.since) })
+}

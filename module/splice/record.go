@@ -72,6 +72,10 @@ const (
 	ClientExpect                              // the body waits for 100 (Continue)
 	ClientFINPassed                           // the client's FIN was passed on through a tunnel; its number is CliFIN
 	ClientCounted                             // the engine's census holds it
+	ClientCopy                                // the server gets its request from our copy of the first Held bytes
+	ClientEdited                              // that copy differs from what the client sent
+	ClientSwapped                             // the held bytes stand in the second area of the side's mirror
+	ClientNoMirror                            // they could not be mirrored
 )
 
 // Client is the record of one client connection: flat, fixed size, without
@@ -118,7 +122,15 @@ type Client struct {
 	CloseBy   int64      // closing or lingering ends
 	Waits     int64      // stands in the waiting line until
 	LastACK   int64      // last rate-limited ACK
+
+	Held, Next uint32 // lengths of the side's bytes, as of the last step; see the engine's store
+	_          [reserve]byte
 }
+
+// reserve is room for the fields of later versions, zero until then. A record
+// keeps its size, so that a version reads the records of the one before and of
+// the one after: what it does not know means the same as zero to it.
+const reserve = 32
 
 // ServerFlags are facts about a server connection.
 type ServerFlags uint16
@@ -183,4 +195,6 @@ type Server struct {
 	Last      int64
 	Due       int64
 	LastACK   int64
+
+	_ [reserve]byte
 }

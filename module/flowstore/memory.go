@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package flowstore
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Memory is where the tables of one shard live: ordinary memory that goes with
+// the process (NewHeap), or a file that is mapped shared (Open), so that a
+// successor finds every store that the process made before it died. It holds
+// named sections.
+//
+// A file protects against the death of the process, not of the host: the
+// endpoints forget a host that is gone, too.
+//
+// A Memory is not safe for concurrent use, except Owned.
+type Memory struct {
+	file     *os.File // nil: heap
+	head     *memoryHead
+	sections []*Section
+	found    bool
+	owner    uint64
+	images   []*Section // of an Image: sections that nobody asked for yet
+}
+
+// Section is one part of a Memory. Bytes beyond what was asked for with Ensure
+// must not be touched: they may have no memory behind them.
+type Section struct {
+	b     []byte
+	ready int // bytes that may be touched
+	file  *os.File
+	at    int64
+	fails bool   // an extension failed; do not ask at every packet
+	note  *int64 // where a successor reads ready
+	used  int    // of a sparse section in ordinary memory
+}
+
+// memoryHead is the first page of a file.
+type memoryHead struct {
+	magic    uint64
+	layout   uint32 // LayoutVersion of the writer
+	record   uint32 // version of the records, as given to Open
+	owner    atomic.Uint64
+	seed     uint64
+	clock    int64 // see SetClock
+	boot     [40]byte
+	complete atomic.Uint32 // the sections are made
+	n        uint32
+	sections [maxSections]sectionHead
+}
+
+type sectionHead struct {
+	tag   uint32
+	item  uint32 // bytes per item, to notice another layout
+	size  int64
+	start int64
+	ready int64 // bytes from the start that have memory
+}
+
+const (
+	memoryMagic = 0x57656972666c6f77 // "Weirflow"
+	// LayoutVersion changes when the order of things in a file does.
+	LayoutVersion = 1
+	maxSections   = 24
+	page          = 4096
+	// extendBy is how much memory a section gets at once.
+	extendBy = 1 << 20
+)
+
+// ErrRefused says that a file is not one of ours, is of another version or of
+// another size: what it holds cannot be taken over. The error's text says what
+// was found.
+var ErrRefused = errors.New("the flow store cannot be taken over")
+
+// NewHeap makes a Memory that nobody inherits.
+func NewHeap() *Memory {
+	return &Memory{head: &memoryHead{}}
+}
+
+// Image copies a Memory that NewHeap made as it stands, also in the middle of
+// a step: what a successor would find if the process died now. It is for tests.
+func (m *Memory) Image() *Memory {
+	c := &Memory{head: &memoryHead{seed: m.head.seed, clock: m.head.clock}, found: true}
+	for _, s := range m.sections {
+		words := make([]uint64, len(s.b)/8)
+		b := unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(words))), len(s.b))
+		n := s.ready
+		if s.used > 0 {
+			n = s.used
+		}
+		copy(b[:n], s.b)
+		c.images = append(c.images, &Section{b: b, ready: s.ready, used: s.used, note: new(int64)})
+	}
+	return c
+}
+
+// Open maps the file at path and makes it if there is none. record is the
+// version of the records; a file of the version before or after is taken over,
+// because versions only add (see package splice). Where the file cannot be
+// taken over the error is ErrRefused, and Remove makes room for a new one.
+//
+// The caller holds the instance's lock: two processes must not write.
+func Open(path string, record uint32) (*Memory, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("flow store: %w", err)
+	}
+	m, err := open(f, record)
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("flow store %s: %w", path, err)
+	}
+	return m, nil
+}
+
+func open(f *os.File, record uint32) (*Memory, error) {
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !st.Mode().IsRegular() {
+		return nil, fmt.Errorf("%w: not a regular file", ErrRefused)
+	}
+	found := st.Size() != 0
+	if found && st.Size() < 2*page {
+		return nil, fmt.Errorf("%w: %d bytes are too few", ErrRefused, st.Size())
+	}
+	m := &Memory{file: f, found: found}
+	s, err := m.mapped(0, page, found)
+	if err != nil {
+		return nil, err
+	}
+	m.head = (*memoryHead)(unsafe.Pointer(&s.b[0]))
+	boot, err := bootID()
+	if err != nil {
+		return nil, err
+	}
+	if !found {
+		m.head.layout, m.head.record, m.head.boot = LayoutVersion, record, boot
+		m.head.magic = memoryMagic
+	} else if err := m.head.check(st.Size(), record, boot); err != nil {
+		m.Close()
+		return nil, err
+	}
+	m.head.record = record
+	m.owner = m.head.owner.Add(1)
+	return m, nil
+}
+
+// check refuses a file that was not written by a relative of ours.
+func (h *memoryHead) check(size int64, record uint32, boot [40]byte) error {
+	switch {
+	case h.magic != memoryMagic:
+		return fmt.Errorf("%w: its first bytes are not those of a flow store", ErrRefused)
+	case h.layout != LayoutVersion:
+		return fmt.Errorf("%w: layout %d, this program reads %d", ErrRefused, h.layout, LayoutVersion)
+	case h.record+1 < record || h.record > record+1:
+		return fmt.Errorf("%w: records of version %d, this program reads %d to %d", ErrRefused, h.record, record-1, record+1)
+	case h.boot != boot:
+		return fmt.Errorf("%w: the host was started anew since", ErrRefused)
+	case h.complete.Load() == 0:
+		return fmt.Errorf("%w: its writer died while it made it", ErrRefused)
+	case h.n > maxSections:
+		return fmt.Errorf("%w: %d sections", ErrRefused, h.n)
+	}
+	for i := range h.n {
+		s := &h.sections[i]
+		if s.start < page || s.size < 0 || s.ready < 0 || s.ready > s.size || s.start+s.size > size {
+			return fmt.Errorf("%w: section %d lies outside its %d bytes", ErrRefused, i, size)
+		}
+	}
+	return nil
+}
+
+// bootID names the present life of the host: times and packets of an earlier
+// one mean nothing.
+func bootID() (id [40]byte, err error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	copy(id[:], b)
+	return id, err
+}
+
+// Found reports whether the file was there before, so that there may be
+// something to take over.
+func (m *Memory) Found() bool { return m.found }
+
+// Complete says that all sections are made.
+func (m *Memory) Complete() { m.head.complete.Store(1) }
+
+// Owned reports whether this process is still the one that opened the file
+// last. It may be called from any goroutine; one that was stopped and replaced
+// finds out by it before it sends anything.
+func (m *Memory) Owned() bool { return m.head.owner.Load() == m.owner }
+
+// Seed is a number that stays with the file, 0 until it is set.
+func (m *Memory) Seed() uint64 { return m.head.seed }
+
+// SetSeed sets it.
+func (m *Memory) SetSeed(s uint64) { m.head.seed = s }
+
+// Clock is what SetClock stored last.
+func (m *Memory) Clock() int64 { return m.head.clock }
+
+// SetClock notes the engine's time, so that a successor's does not go back.
+func (m *Memory) SetClock(now int64) { m.head.clock = now }
+
+// Close unmaps the file. Nothing that came from the Memory may be used any
+// more.
+func (m *Memory) Close() error {
+	for _, s := range m.sections {
+		if s.file != nil && s.b != nil {
+			_ = unix.Munmap(s.b)
+			s.b, s.ready = nil, 0
+		}
+	}
+	m.sections = nil
+	if m.file == nil {
+		return nil
+	}
+	return m.file.Close()
+}
+
+// Section returns the next section: n items of the given size. A file gives
+// the same sections in the same order to every process; where one differs the
+// error is ErrRefused. New memory is zero.
+func (m *Memory) Section(tag uint32, n int, item uintptr) (*Section, error) {
+	size := (n*int(item) + page - 1) &^ (page - 1)
+	if m.file == nil {
+		words := make([]uint64, size/8) // aligned for every record
+		if m.found {
+			if len(m.images) == 0 || len(m.images[0].b) != size {
+				return nil, fmt.Errorf("%w: another section", ErrRefused)
+			}
+			s := m.images[0]
+			m.images, m.sections = m.images[1:], append(m.sections, s)
+			return s, nil
+		}
+		s := &Section{b: unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(words))), size), note: new(int64)}
+		m.sections = append(m.sections, s)
+		return s, nil
+	}
+	i := len(m.sections) - 1 // the head is one
+	if i >= maxSections {
+		return nil, fmt.Errorf("flow store: more than %d sections", maxSections)
+	}
+	h := &m.head.sections[i]
+	if m.found {
+		if i >= int(m.head.n) || h.tag != tag || h.item != uint32(item) || h.size != int64(size) {
+			return nil, fmt.Errorf("%w: section %d has %d bytes of records of %d bytes, wanted are %d of %d",
+				ErrRefused, i, h.size, h.item, size, item)
+		}
+	} else {
+		*h = sectionHead{tag: tag, item: uint32(item), size: int64(size), start: page}
+		if i > 0 {
+			h.start = m.head.sections[i-1].start + m.head.sections[i-1].size
+		}
+		m.head.n = uint32(i + 1)
+	}
+	s, err := m.mapped(h.start, size, m.found)
+	if err != nil {
+		return nil, err
+	}
+	s.ready, s.note = int(h.ready), &h.ready
+	return s, nil
+}
+
+// mapped maps a part of the file. The first page has memory at once.
+func (m *Memory) mapped(start int64, size int, found bool) (*Section, error) {
+	if !found {
+		if err := m.file.Truncate(start + int64(max(size, page))); err != nil {
+			return nil, err
+		}
+	}
+	b, err := unix.Mmap(int(m.file.Fd()), start, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("mapping %d bytes: %w", size, err)
+	}
+	s := &Section{b: b, file: m.file, at: start}
+	if start == 0 {
+		if err := unix.Fallocate(int(m.file.Fd()), 0, 0, page); err != nil {
+			_ = unix.Munmap(b)
+			return nil, fmt.Errorf("no room: %w", err)
+		}
+		s.ready = page
+	}
+	m.sections = append(m.sections, s)
+	return s, nil
+}
+
+// Ensure makes the first n bytes usable. It returns false when there is no
+// room for them. It costs a comparison as a rule, and a system call per
+// mebibyte.
+func (s *Section) Ensure(n int) bool { return n <= s.ready || s.extend(n) }
+
+func (s *Section) extend(n int) bool {
+	if n > len(s.b) || s.fails {
+		return false
+	}
+	to := min((n+extendBy-1)&^(extendBy-1), len(s.b))
+	if s.file == nil {
+		s.ready = min(n, len(s.b))
+		return true
+	}
+	if err := unix.Fallocate(int(s.file.Fd()), 0, s.at+int64(s.ready), int64(to-s.ready)); err != nil {
+		s.fails = true
+		return false
+	}
+	s.ready, *s.note = to, int64(to)
+	return true
+}
+
+// Prepare makes the bytes from begin to end of a sparse section usable: one in
+// which items are used out of their order, and of which nobody asks Ensure. It
+// is a system call.
+func (s *Section) Prepare(begin, end int) bool {
+	if end > len(s.b) {
+		return false
+	}
+	if s.file == nil {
+		s.used = max(s.used, end)
+		return true
+	}
+	return unix.Fallocate(int(s.file.Fd()), 0, s.at+int64(begin), int64(end-begin)) == nil
+}
+
+// Items makes the next section of a Memory as a list of n items, the first few
+// of which are usable at once.
+func Items[T any](m *Memory, tag uint32, n, first int) ([]T, *Section, error) {
+	var zero T
+	s, err := m.Section(tag, n, unsafe.Sizeof(zero))
+	if err != nil {
+		return nil, nil, err
+	}
+	if !s.Ensure(first * int(unsafe.Sizeof(zero))) {
+		return nil, nil, errNoRoom
+	}
+	return cast[T](s)[:n], s, nil
+}
+
+// cast views a section as items.
+func cast[T any](s *Section) []T {
+	var zero T
+	return unsafe.Slice((*T)(unsafe.Pointer(unsafe.SliceData(s.b))), len(s.b)/int(unsafe.Sizeof(zero)))
+}
