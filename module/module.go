@@ -90,6 +90,8 @@ type Module struct {
 	op     operation
 	bans   bans
 	banned chan nft.Ban // for banLoop
+	keep   keeping
+	secret [16]byte // of the cookies
 
 	network   *host.Network // of the thread of Run, for plugins that probe
 	host      *host.Host
@@ -135,6 +137,9 @@ func New(cfg *config.Config, opt Options) (*Module, error) {
 		opt: opt, log: opt.Log, clock: newClock(),
 		calls: make(chan func()), banned: make(chan nft.Ban, 1024), serving: make(chan struct{}), ended: make(chan struct{}),
 	}
+	if _, err := rand.Read(m.secret[:]); err != nil {
+		return nil, err
+	}
 	m.conf.Store(cfg)
 	m.op.file = cfg
 	m.policies.last = map[[2]string]*snapshot.Snapshot{}
@@ -166,7 +171,7 @@ func (m *Module) setState(c control.Condition) { m.state.Store(&c) }
 
 // buildDB makes the first generation of the database of farms.
 func (m *Module) buildDB() error {
-	spec, err := farmSpec(m.config(), func(f, p string) (*snapshot.Snapshot, host.About) { return nil, m.host.About(p) })
+	spec, err := m.spec()
 	if err != nil {
 		return err
 	}
@@ -174,8 +179,16 @@ func (m *Module) buildDB() error {
 	if err != nil {
 		return err
 	}
+	if err := m.remember(db); err != nil {
+		return err
+	}
 	m.db.Store(db)
 	return nil
+}
+
+// spec describes the configuration's farms before any plugin has spoken.
+func (m *Module) spec() (farm.Spec, error) {
+	return farmSpec(m.config(), func(f, p string) (*snapshot.Snapshot, host.About) { return nil, m.host.About(p) })
 }
 
 // clock counts nanoseconds since 1970 by the monotonic clock, so that it never
@@ -216,7 +229,11 @@ func (m *Module) Run(ctx context.Context) (err error) {
 	m.started = time.Now()
 
 	var give undo
-	defer func() { err = errors.Join(err, give.run()) }()
+	defer func() {
+		if !errors.Is(err, ErrRevoked) {
+			err = errors.Join(err, give.run())
+		}
+	}()
 
 	params, kernel, err := m.look()
 	if err != nil {
@@ -230,6 +247,9 @@ func (m *Module) Run(ctx context.Context) (err error) {
 	if err := m.takeDir(&give); err != nil {
 		return err
 	}
+	if err := m.recall(&give); err != nil {
+		return err
+	}
 	if err := m.recallOverrides(); err != nil {
 		return err
 	}
@@ -239,6 +259,27 @@ func (m *Module) Run(ctx context.Context) (err error) {
 	}
 	if err := m.openQueues(&params, &give); err != nil {
 		return err
+	}
+	m.openFarms(ctx)
+	var threads sync.WaitGroup
+	failed := make(chan error, len(m.shards)+2)
+	began := false
+	begin := func() {
+		for _, s := range m.shards {
+			threads.Go(func() { failed <- s.run() })
+		}
+		give.add(func() error {
+			for _, s := range m.shards {
+				s.quit()
+			}
+			threads.Wait()
+			return nil
+		})
+		began = true
+	}
+	if m.keep.took.Any() {
+		// The predecessor's rules are there, and packets wait.
+		begin()
 	}
 	listener, err := control.Listen(m.config().Admin.Socket, operator{m})
 	if err != nil {
@@ -278,11 +319,10 @@ func (m *Module) Run(ctx context.Context) (err error) {
 	give.add(func() error { return m.journal.Restore() })
 	m.op.params = params
 
+	m.keep.discard = true // the rules are ours: they go with this instance
 	// From here on packets flow.
-	var threads sync.WaitGroup
-	failed := make(chan error, len(m.shards)+2)
-	for _, s := range m.shards {
-		threads.Go(func() { failed <- s.run() })
+	if !began {
+		begin()
 	}
 	serveCtx, stopServing := context.WithCancel(context.WithoutCancel(ctx))
 	for _, f := range []func(context.Context){m.metricsServer(), m.writeAccessLog} {
@@ -416,12 +456,10 @@ func (m *Module) openQueues(params *nft.Params, give *undo) error {
 	if err := m.dropSockets(*params); err != nil {
 		return err
 	}
-	var secret [16]byte
-	if _, err := rand.Read(secret[:]); err != nil {
-		return err
-	}
-	m.handshake = engine.NewHandshake(engine.NewMACCookies(secret), clientMSS, clientMSS, m.takesSYN)
+	m.handshake = engine.NewHandshake(engine.NewMACCookies(m.secret), clientMSS, clientMSS, m.takesSYN)
 	m.handshake.Gone = m.leaving
+	m.keepHandshakes()
+	m.keepShards(params.Shards)
 	add := func(number uint16, length uint32, role role) error {
 		q, err := m.openQueue(divert.Config{Queue: number, Length: length, GSO: m.config().Queue.GSO})
 		if err != nil {
@@ -464,10 +502,11 @@ func (m *Module) openQueues(params *nft.Params, give *undo) error {
 		if err := add(params.ShardQueue(i), uint32(m.config().Queue.Length), roleShard); err != nil {
 			return err
 		}
-		m.shards[len(m.shards)-1].engine = engine.New(engine.Options{
+		s := m.shards[len(m.shards)-1]
+		s.engine, s.store = m.shardEngine(engine.Options{
 			Clients: m.opt.Clients, Servers: m.opt.Servers, Seed: binary.LittleEndian.Uint64(seed[:]),
 			Handshake: m.handshake, Census: census, SNIPs: ports, ShareSNIP: m.config().Source.Shared, Shard: i, Shards: params.Shards,
-		}, m.db.Load())
+		})
 	}
 	return nil
 }

@@ -38,6 +38,7 @@ func (m *Module) onSnapshot(farmName, plugin string, s *snapshot.Snapshot) {
 		m.log.Warn("a policy's snapshot is refused; its last one stays", "farm", farmName, "plugin", plugin, "error", err)
 		return
 	}
+	m.keepSnapshot(farmName, plugin, s)
 	m.takeConnections()
 }
 

@@ -445,6 +445,9 @@ func (m *Module) swap(next *config.Config, overrides []control.Override) error {
 			delete(m.policies.open, id)
 		}
 	}
+	if err := m.remember(db); err != nil {
+		return err
+	}
 	m.conf.Store(next)
 	m.db.Store(db)
 	setStates(db, overrides)

@@ -12,6 +12,7 @@ import (
 	"github.com/weirgate/weir/module/divert"
 	"github.com/weirgate/weir/module/engine"
 	"github.com/weirgate/weir/module/farm"
+	"github.com/weirgate/weir/module/flowstore"
 )
 
 // role says what a thread does with the packets of its queue.
@@ -32,8 +33,9 @@ type shard struct {
 	emit   *divert.Emitter
 	mark   uint32
 	mask   uint32
-	engine *engine.Engine // roleShard
-	lo     uint32         // index of the loopback interface
+	engine *engine.Engine    // roleShard
+	store  *flowstore.Memory // of the engine; nil: it goes with the process
+	lo     uint32            // index of the loopback interface
 
 	mail    atomic.Uint32 // bits of engine.Kind to step, see post
 	done    atomic.Bool
@@ -144,10 +146,16 @@ func (s *shard) run() error {
 				s.clients.Store(int32(c))
 				s.servers.Store(int32(v))
 			}
+			if s.store != nil && !s.store.Owned() {
+				return ErrRevoked // nothing of this batch leaves
+			}
 			s.flush()
 			s.mail.And(^(mail &^ (1 << engine.Relieve)))
 		} else {
 			s.handle(now, batch[:n])
+			if !s.m.keep.owned() {
+				return ErrRevoked
+			}
 			s.flush()
 		}
 		if n > 0 {

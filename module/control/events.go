@@ -26,6 +26,7 @@ type Event struct {
 // The names of events. Others are the engine's reasons.
 const (
 	EventReady           = "ready"
+	EventTakeover        = "takeover"
 	EventStopping        = "stopping"
 	EventReloaded        = "reloaded"
 	EventReloadRefused   = "reload-refused"

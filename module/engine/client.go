@@ -72,8 +72,8 @@ func (e *Engine) fromClient(key *packet.Tuple, p *packet.TCP, ev *Event) {
 		e.challengeClient(r, c)
 		return
 	}
-	// Keep-alive and window probes are no sign of progress.
-	if c.SndUna.Less(ack) || p.PayloadLen() > 0 || fl.Has(packet.FIN) {
+	// Probes and repetitions are no sign of progress.
+	if c.SndUna.Less(ack) || c.RcvNxt.Less(p.End()) {
 		c.Last = e.now
 	}
 	if c.SndUna.LessEq(ack) {

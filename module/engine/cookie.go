@@ -8,6 +8,7 @@ import (
 
 	"github.com/dchest/siphash"
 
+	"github.com/weirgate/weir/module/flowstore"
 	"github.com/weirgate/weir/module/packet"
 	"github.com/weirgate/weir/module/splice"
 )
@@ -149,10 +150,27 @@ type Handshake struct {
 	Ignored  atomic.Uint64
 	Refused  atomic.Uint64
 
+	*handshakeMemory
+}
+
+// handshakeMemory is what a successor goes on with.
+type handshakeMemory struct {
 	seen [cookieSlots]generation
 	// sent remembers when a SYN was answered, for the round-trip time: lossy,
 	// one word per bucket, tag and time in 16 microseconds.
 	sent [rttBuckets]atomic.Uint64
+}
+
+// Keep has the handshake live in mem, and goes on with what a predecessor left
+// there. It comes before the first SYN. The errors are those of flowstore.
+func (h *Handshake) Keep(mem *flowstore.Memory) error {
+	list, _, err := flowstore.Items[handshakeMemory](mem, 1, 1, 1)
+	if err != nil {
+		return err
+	}
+	h.handshakeMemory = &list[0]
+	mem.Complete()
+	return nil
 }
 
 const rttBuckets = 1 << 14
@@ -166,7 +184,7 @@ type generation struct {
 
 // NewHandshake makes a handshake over cookies.
 func NewHandshake(c Cookies, mss4, mss6 uint16, known func(packet.Endpoint) bool) *Handshake {
-	h := &Handshake{Cookies: c, MSS4: mss4, MSS6: mss6, Known: known}
+	h := &Handshake{Cookies: c, MSS4: mss4, MSS6: mss6, Known: known, handshakeMemory: new(handshakeMemory)}
 	h.Strict.Store(true)
 	return h
 }

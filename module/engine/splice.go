@@ -167,6 +167,12 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 		// A retransmission of what was parsed: the server gets our copy.
 		e.Count.add(ReasonRetransmitted)
 		held := c.Epoch.ReqBase.Add(packet.Size(len(e.sides.at(c.Side).held)))
+		if v.SndBase.Add(packet.Size(e.sendable(c, e.sides.at(c.Side)))).LessEq(v.SndUna) {
+			// The server has it, and the client did not hear so. A server that
+			// is gone says so now.
+			e.dupACK(r, c, seq)
+			e.bareToServer(r, c, s, v)
+		}
 		e.resend(r, c, s, v, again(c, v, seq))
 		if held.Less(limit) {
 			from := packet.MaxSeq(held, seq)

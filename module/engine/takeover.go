@@ -152,6 +152,14 @@ func (e *Engine) owns(c *splice.Client, s splice.Ref) bool {
 // takeClient gives a client what is not in its record, or notes what has to be
 // done about it.
 func (e *Engine) takeClient(r splice.Ref, c *splice.Client) {
+	c.Flags &^= splice.ClientCounted
+	if f := e.db.FarmByID(c.Farm); f != nil {
+		f.Stats.Clients.Add(1)
+		// What is established is not refused, whatever the limits are now.
+		if counted, _ := e.opt.Census.add(e.clients.Key(r).Src.Addr, f.ID, 0); counted {
+			c.Flags |= splice.ClientCounted
+		}
+	}
 	whole := true
 	side := c.Side != 0
 	if side {
@@ -171,7 +179,6 @@ func (e *Engine) takeClient(r splice.Ref, c *splice.Client) {
 		ok = whole
 	}
 	if !ok {
-		println("LOST", c.State.String(), side, whole, c.Flags, c.Held, c.Next, c.HeadLen, c.Epoch.InsLen, uint32(c.RcvAcked-c.Epoch.ReqBase), uint32(c.RcvNxt-c.Epoch.ReqBase), c.Srv)
 		e.store.resume = append(e.store.resume, resumption{client: r})
 	}
 	e.touchClient(r, c)

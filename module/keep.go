@@ -1,0 +1,362 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package module
+
+import (
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/weirgate/weir/module/control"
+	"github.com/weirgate/weir/module/engine"
+	"github.com/weirgate/weir/module/farm"
+	"github.com/weirgate/weir/module/flowstore"
+	"github.com/weirgate/weir/module/splice"
+	"github.com/weirgate/weir/policies/snapshot"
+)
+
+// This file is what outlives the instance: the flow stores of the shards, and
+// what their records mean. All of it lives in the folder "flows" of
+// runtime_dir, under the instance's lock, and goes with an orderly stop.
+
+// ErrRevoked says that another process serves the flows now. The instance
+// leaves everything as it is: it belongs to the other one.
+var ErrRevoked = errors.New("another process has taken over the flows")
+
+// keeping is what a module knows about what outlives it.
+type keeping struct {
+	sync.Mutex
+	dir    string
+	state  kept
+	stores []*flowstore.Memory
+	// discard: the instance stopped in order, nobody is to take over.
+	discard bool
+	took    engine.Takeover
+	written map[[2]string]*snapshot.Snapshot // snapshots as they are on disk
+}
+
+// kept is the file "instance": what the numbers in the records mean.
+type kept struct {
+	Version int    `json:"version"`
+	Boot    string `json:"boot"` // life of the host
+	// Clock is the engines' time at the host's time since its start.
+	Clock   int64        `json:"clock"`
+	Since   int64        `json:"since"`
+	Secret  string       `json:"secret"` // of the cookies
+	Shards  int          `json:"shards"`
+	Numbers farm.Numbers `json:"numbers"`
+}
+
+const keptVersion = 1
+
+// hostTime is nanoseconds since the host's start, the same for all processes.
+func hostTime() int64 {
+	var t unix.Timespec
+	if unix.ClockGettime(unix.CLOCK_MONOTONIC, &t) != nil {
+		return 0
+	}
+	return t.Nano()
+}
+
+func hostLife() string {
+	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b))
+}
+
+// recall reads what a predecessor left. Whatever cannot be used is left aside
+// with a word in the log: the instance serves all the same.
+func (m *Module) recall(give *undo) error {
+	k := &m.keep
+	k.dir = filepath.Join(m.config().RuntimeDir, "flows")
+	if err := os.MkdirAll(k.dir, 0o700); err != nil {
+		return fmt.Errorf("runtime_dir: %w", err)
+	}
+	give.add(m.leaveStores)
+	k.written = map[[2]string]*snapshot.Snapshot{}
+	b, err := os.ReadFile(filepath.Join(k.dir, "instance"))
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return m.forget("")
+	case err != nil:
+		return m.forget(err.Error())
+	}
+	var old kept
+	if err := json.Unmarshal(b, &old); err != nil {
+		return m.forget("the file \"instance\" is damaged: " + err.Error())
+	}
+	secret, err := hex.DecodeString(old.Secret)
+	switch {
+	case old.Version != keptVersion:
+		return m.forget(fmt.Sprintf("it is of version %d, this program knows %d", old.Version, keptVersion))
+	case old.Boot != hostLife():
+		return m.forget("the host was started anew since")
+	case err != nil || len(secret) != len(m.secret):
+		return m.forget("the file \"instance\" is damaged: no secret")
+	case old.Since > hostTime():
+		return m.forget("the file \"instance\" is damaged: it is from the future")
+	}
+	k.state = old
+	copy(m.secret[:], secret)
+	m.clock = clock{time.Now(), old.Clock + hostTime() - old.Since}
+	m.recallSnapshots()
+	spec, err := m.spec()
+	if err != nil {
+		return err
+	}
+	db, err := farm.Build(farm.Recall(old.Numbers), spec)
+	if err != nil {
+		return err
+	}
+	if err := m.remember(db); err != nil {
+		return err
+	}
+	m.db.Store(db)
+	return nil
+}
+
+// forget begins anew. why says what is wrong with what was found, if anything
+// was.
+func (m *Module) forget(why string) error {
+	if why != "" {
+		m.refused(why)
+	}
+	k := &m.keep
+	for _, name := range []string{"instance", "handshakes"} {
+		_ = os.Remove(filepath.Join(k.dir, name))
+	}
+	old, _ := filepath.Glob(filepath.Join(k.dir, "shard*"))
+	snaps, _ := filepath.Glob(filepath.Join(k.dir, "snapshot*"))
+	for _, p := range append(old, snaps...) {
+		_ = os.Remove(p)
+	}
+	k.state = kept{
+		Version: keptVersion, Boot: hostLife(), Clock: m.clock.now(), Since: hostTime(), Secret: hex.EncodeToString(m.secret[:]),
+	}
+	return m.remember(m.db.Load())
+}
+
+func (m *Module) refused(why string) {
+	m.log.Warn("what a predecessor left cannot be taken over; its connections are lost", "why", why)
+	m.events.Add(control.Event{Name: control.EventTakeover, Text: "what a predecessor left cannot be taken over: " + why})
+}
+
+// remember writes down what the numbers of a database mean, before records
+// use them.
+func (m *Module) remember(db *farm.DB) error {
+	k := &m.keep
+	if k.dir == "" {
+		return nil // not running yet
+	}
+	k.Lock()
+	defer k.Unlock()
+	k.state.Numbers = db.Numbers()
+	b, err := json.Marshal(&k.state)
+	if err != nil {
+		return err
+	}
+	return replaceFile(filepath.Join(k.dir, "instance"), b)
+}
+
+// replaceFile writes a file so that a reader finds the old or the new one.
+func replaceFile(path string, b []byte) error {
+	if err := os.WriteFile(path+".new", b, 0o600); err != nil {
+		return fmt.Errorf("runtime_dir: %w", err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		return fmt.Errorf("runtime_dir: %w", err)
+	}
+	return nil
+}
+
+// store opens a store of the instance. A file that cannot be taken over makes
+// room for a new one; where there is no room at all the result is nil, and what
+// lives there goes with the process.
+func (m *Module) store(name string) *flowstore.Memory {
+	k := &m.keep
+	path := filepath.Join(k.dir, name)
+	mem, err := flowstore.Open(path, splice.RecordVersion)
+	if errors.Is(err, flowstore.ErrRefused) {
+		m.refused(err.Error())
+		_ = os.Remove(path)
+		mem, err = flowstore.Open(path, splice.RecordVersion)
+	}
+	if err != nil {
+		m.noStore(err)
+		return nil
+	}
+	k.stores = append(k.stores, mem)
+	return mem
+}
+
+func (m *Module) noStore(err error) {
+	m.log.Warn("connections will not survive this process: there is no place for the flow store in runtime_dir", "error", err)
+}
+
+// shardEngine makes the engine of a shard and takes over what is there.
+func (m *Module) shardEngine(opt engine.Options) (*engine.Engine, *flowstore.Memory) {
+	name := fmt.Sprintf("shard%d", opt.Shard)
+	for range 2 {
+		mem := m.store(name)
+		if mem == nil {
+			break
+		}
+		e, err := engine.Open(opt, mem, m.db.Load())
+		if err == nil {
+			began := time.Now()
+			took := e.Recover(m.clock.now())
+			m.tookOver(opt.Shard, took, time.Since(began))
+			return e, mem
+		}
+		m.keep.stores = m.keep.stores[:len(m.keep.stores)-1]
+		mem.Close()
+		if !errors.Is(err, flowstore.ErrRefused) {
+			m.noStore(err)
+			break
+		}
+		m.refused(err.Error())
+		_ = os.Remove(filepath.Join(m.keep.dir, name))
+	}
+	return engine.New(opt, m.db.Load()), nil
+}
+
+// keepHandshakes has the answered SYNs remembered beyond this process.
+func (m *Module) keepHandshakes() {
+	for range 2 {
+		mem := m.store("handshakes")
+		if mem == nil {
+			return
+		}
+		err := m.handshake.Keep(mem)
+		if err == nil {
+			return
+		}
+		m.keep.stores = m.keep.stores[:len(m.keep.stores)-1]
+		mem.Close()
+		if !errors.Is(err, flowstore.ErrRefused) {
+			m.noStore(err)
+			return
+		}
+		m.refused(err.Error())
+		_ = os.Remove(filepath.Join(m.keep.dir, "handshakes"))
+	}
+}
+
+// keepShards notes the number of shards. Flows are spread over the queues by
+// their number, so that another number makes every store worthless.
+func (m *Module) keepShards(n int) {
+	k := &m.keep
+	if old := k.state.Shards; old != 0 && old != n {
+		m.refused(fmt.Sprintf("there were %d shards, and there are %d now", old, n))
+		files, _ := filepath.Glob(filepath.Join(k.dir, "shard*"))
+		for _, p := range files {
+			_ = os.Remove(p)
+		}
+	}
+	k.state.Shards = n
+	if err := m.remember(m.db.Load()); err != nil {
+		m.log.Warn("what a successor needs cannot be written", "error", err)
+	}
+}
+
+func (m *Module) tookOver(shard int, t engine.Takeover, d time.Duration) {
+	if !t.Any() {
+		return
+	}
+	m.keep.took.Clients += t.Clients
+	m.keep.took.Servers += t.Servers
+	m.log.Info("taken over from a predecessor", "shard", shard, "clients", t.Clients, "servers", t.Servers, "idle", t.Idle,
+		"embryos", t.Embryos, "tombstones", t.Tombs, "undone", t.Undone, "refused", t.Refused, "lost", t.Lost, "duration", d.Round(time.Microsecond))
+	text := fmt.Sprintf("shard %d takes over %d client and %d server connections", shard, t.Clients, t.Servers)
+	if t.Refused+t.Lost > 0 {
+		text += fmt.Sprintf("; %d records are damaged, %d connections cannot go on", t.Refused, t.Lost)
+	}
+	m.events.Add(control.Event{Name: control.EventTakeover, Text: text})
+}
+
+// leaveStores lets the stores go. After an orderly stop, or when the rules are
+// gone, nobody could use them.
+func (m *Module) leaveStores() error {
+	k := &m.keep
+	for _, s := range k.stores {
+		_ = s.Close()
+	}
+	k.stores = nil
+	if k.discard {
+		return os.RemoveAll(k.dir)
+	}
+	return nil
+}
+
+// owned reports whether no other process has taken over.
+func (k *keeping) owned() bool {
+	for _, s := range k.stores {
+		if !s.Owned() {
+			return false
+		}
+	}
+	return true
+}
+
+// keepSnapshot writes down what a plugin said last, so that a successor chooses
+// as before from its first packet on.
+func (m *Module) keepSnapshot(farmName, plugin string, s *snapshot.Snapshot) {
+	k := &m.keep
+	k.Lock()
+	defer k.Unlock()
+	key := [2]string{farmName, plugin}
+	if k.dir == "" || k.written[key] == s {
+		return
+	}
+	k.written[key] = s
+	b, err := json.Marshal(keptSnapshot{farmName, plugin, s})
+	if err == nil {
+		err = replaceFile(k.snapshotFile(key), b)
+	}
+	if err != nil {
+		m.log.Warn("a policy's snapshot is not kept for a successor", "farm", farmName, "plugin", plugin, "error", err)
+	}
+}
+
+type keptSnapshot struct {
+	Farm     string             `json:"farm"`
+	Plugin   string             `json:"plugin"`
+	Snapshot *snapshot.Snapshot `json:"snapshot"`
+}
+
+// snapshotFile is a name that any farm and plugin can have.
+func (k *keeping) snapshotFile(key [2]string) string {
+	return filepath.Join(k.dir, "snapshot."+hex.EncodeToString([]byte(key[0]))+"."+hex.EncodeToString([]byte(key[1])))
+}
+
+// recallSnapshots reads the snapshots that a predecessor kept. Plugins replace
+// them as they start.
+func (m *Module) recallSnapshots() {
+	files, _ := filepath.Glob(filepath.Join(m.keep.dir, "snapshot.*"))
+	m.policies.Lock()
+	defer m.policies.Unlock()
+	for _, p := range files {
+		var x keptSnapshot
+		b, err := os.ReadFile(p)
+		if err == nil {
+			err = json.Unmarshal(b, &x)
+		}
+		if err != nil || x.Snapshot == nil {
+			_ = os.Remove(p)
+			continue
+		}
+		c := m.config().Farm(x.Farm)
+		if c == nil || !usesPolicy(c, x.Plugin) {
+			_ = os.Remove(p)
+			continue
+		}
+		m.policies.last[[2]string{x.Farm, x.Plugin}] = x.Snapshot
+	}
+}
