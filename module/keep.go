@@ -81,6 +81,7 @@ func (m *Module) recall(give *undo) error {
 	}
 	give.add(m.leaveStores)
 	k.written = map[[2]string]*snapshot.Snapshot{}
+	k.discard = true // until there is something that another start may want
 	b, err := os.ReadFile(filepath.Join(k.dir, "instance"))
 	switch {
 	case errors.Is(err, os.ErrNotExist):
@@ -103,6 +104,7 @@ func (m *Module) recall(give *undo) error {
 	case old.Since > hostTime():
 		return m.forget("the file \"instance\" is damaged: it is from the future")
 	}
+	k.discard = false
 	k.state = old
 	copy(m.secret[:], secret)
 	m.clock = clock{time.Now(), old.Clock + hostTime() - old.Since}

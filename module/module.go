@@ -260,6 +260,10 @@ func (m *Module) Run(ctx context.Context) (err error) {
 	if err := m.openQueues(&params, &give); err != nil {
 		return err
 	}
+	if m.local, err = nft.WatchLocal(); err != nil {
+		return err
+	}
+	give.add(m.local.Close)
 	m.openFarms(ctx)
 	var threads sync.WaitGroup
 	failed := make(chan error, len(m.shards)+2)

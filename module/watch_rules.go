@@ -4,7 +4,6 @@ package module
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -39,11 +38,7 @@ func (m *Module) watchRules(give *undo) error {
 	if err != nil {
 		return err
 	}
-	if m.local, err = nft.WatchLocal(); err != nil {
-		return errors.Join(err, w.Close())
-	}
 	m.watcher = w
-	give.add(m.local.Close)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
 	go func() {
