@@ -489,3 +489,30 @@ func TestBodyPace(t *testing.T) {
 		}
 	}
 }
+
+// TestRepeatFarBehind: a client with a large window repeats what it has heard
+// no acknowledgment of, however far the engine has seen it go on.
+func TestRepeatFarBehind(t *testing.T) {
+	g := newRig(t, oneServer, keepIdle)
+	k := newChat(g, c1, 100)
+	k.deaf = true
+	const size = 300_000
+	head := http(fmt.Sprintf("POST /up HTTP/1.1\nHost: a\nContent-Length: %d\n\n", size))
+	k.send(head)
+	v := k.server(0)
+	k.send(strings.Repeat("b", size))
+	before := g.e.Count.Get(ReasonOutOfWindow)
+	sent := g.play(g.raw(k.addr, vip, seg{fl: ack, seq: k.seq.Sub(size), ack: k.ack, data: strings.Repeat("b", 1000)}))
+	passed := false
+	for _, s := range sent {
+		passed = passed || s.dst == v.addr && len(s.data) == 1000
+	}
+	if n := g.e.Count.Get(ReasonOutOfWindow) - before; !passed || n != 0 {
+		t.Errorf("the first segment, repeated: passed %v, out of the window %d; let out: %v", passed, n, sent)
+	}
+	// The control: a guess beyond every window is still one.
+	g.play(g.raw(k.addr, vip, seg{fl: ack, seq: k.seq.Sub(packet.Size(size+len(head)) + 2<<16), ack: k.ack, data: "x"}))
+	if n := g.e.Count.Get(ReasonOutOfWindow) - before; n != 1 {
+		t.Errorf("a segment from before the window is not refused")
+	}
+}
