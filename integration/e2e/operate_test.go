@@ -75,9 +75,9 @@ func (r *rig) rewrite(text string) {
 }
 
 // startWith runs weir with this text.
-func (r *rig) startWith(text string) *lab.Weir {
+func (r *rig) startWith(text string, env ...string) *lab.Weir {
 	r.t.Helper()
-	w, err := lab.StartWeir(within(r.t, 20*time.Second), r.Router, lab.WeirOptions{Binary: r.bin, Config: text, Dir: r.dir, Socket: r.socket()})
+	w, err := lab.StartWeir(within(r.t, 20*time.Second), r.Router, lab.WeirOptions{Binary: r.bin, Config: text, Dir: r.dir, Socket: r.socket(), Env: env})
 	if err != nil {
 		r.t.Fatal(err)
 	}

@@ -12,6 +12,8 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -23,8 +25,9 @@ import (
 )
 
 // TestReloadsUnderLoad: 200 reloads in a row (2,000 with WEIR_SOAK), every
-// fourth of a broken file, and no request fails. The broken ones are reported with file, line and key,
-// and change nothing.
+// fourth of a broken file, and no request fails. The broken ones are reported
+// with file, line and key, and change nothing. What the daemon holds in memory
+// and in files does not grow.
 func TestReloadsUnderLoad(t *testing.T) {
 	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 3})
 	r.hello()
@@ -41,17 +44,21 @@ func TestReloadsUnderLoad(t *testing.T) {
 		{"farms: [\n", "not valid YAML"},
 		{"", "the file is empty"},
 	}
-	w := r.startWith(good[0])
+	// What the collector finds in use is told after every collection, and these
+	// come often.
+	w := r.startWith(good[0], "GODEBUG=gctrace=1", "GOGC=5")
+	live := 0
 	l := r.drive(r.VIP(), 4)
 	c := r.client()
 	defer c.Close()
-	refused, reloads, early := 0, 200, 0
+	refused, reloads, early, files := 0, 200, 0, 0
 	if os.Getenv("WEIR_SOAK") != "" {
 		reloads = 2000
 	}
 	for i := range reloads {
 		if i == reloads/2 {
-			early = memory(t, w.Proc.Pid())
+			early, files = memory(t, w.Proc.Pid()), descriptors(t, w.Proc.Pid())
+			live = inUse(t, w.Log())
 		}
 		text, want := good[i%len(good)], ""
 		if i%4 == 3 {
@@ -86,6 +93,14 @@ func TestReloadsUnderLoad(t *testing.T) {
 	// that are touched for the first time are not it, so that fewer reloads
 	// would show nothing.
 	late := memory(t, w.Proc.Pid())
+	if n := descriptors(t, w.Proc.Pid()); n > files+8 { // those of the callers of the control socket come and go
+		t.Errorf("the daemon had %d open files after %d reloads and has %d after %d", files, reloads/2, n, reloads)
+	}
+	liveThen := inUse(t, w.Log())
+	t.Logf("in use: %d MiB after %d reloads, %d MiB after %d", live, reloads/2, liveThen, reloads)
+	if liveThen > live+2 {
+		t.Errorf("%d MiB are in use after %d reloads, and %d MiB after %d", live, reloads/2, liveThen, reloads)
+	}
 	t.Logf("resident memory: %d KiB after %d reloads, %d KiB after %d", early, reloads/2, late, reloads)
 	if reloads >= 2000 && late > early+early/10 {
 		t.Errorf("the daemon grew from %d KiB to %d KiB in %d reloads", early, late, reloads/2)
@@ -168,6 +183,30 @@ func memory(t *testing.T, pid int) (n int) {
 		}
 	}
 	return n
+}
+
+// inUse is what the last collection that a log tells of found in use, in MiB.
+func inUse(t *testing.T, log string) (n int) {
+	t.Helper()
+	all := regexp.MustCompile(`(?m)^gc \d+ @.* \d+->\d+->(\d+) MB`).FindAllStringSubmatch(log, -1)
+	if len(all) == 0 {
+		t.Fatal("no collection was told of")
+	}
+	n, err := strconv.Atoi(all[len(all)-1][1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// descriptors counts the open files of a process.
+func descriptors(t *testing.T, pid int) int {
+	t.Helper()
+	list, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(list)
 }
 
 // TestReloadOnChange: the daemon follows its file by itself, takes SIGHUP, and

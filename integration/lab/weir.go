@@ -29,6 +29,8 @@ type WeirOptions struct {
 	Socket string
 	// Args are more arguments of "weir run".
 	Args []string
+	// Env is added to the environment, NAME=VALUE.
+	Env []string
 	// Credential runs it as another user.
 	Credential *syscall.Credential
 }
@@ -102,7 +104,7 @@ func (w *Weir) env() []string {
 			env = append(env, k+"="+v)
 		}
 	}
-	return env
+	return append(env, w.options.Env...)
 }
 
 // TempDir is the directory that the daemon is told to put temporary files in.
