@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/signal"
 	"slices"
 	"time"
 
@@ -33,7 +34,7 @@ func (s *supervisor) begun(c *caller) {
 		c.say(answer{Text: "another upgrade is under way", Done: true})
 		return
 	case s.cur == nil || !s.cur.ready:
-		c.say(answer{Text: "the engine is just starting; try again when it serves", Done: true})
+		s.waiting = append(s.waiting, c) // until it serves
 		return
 	}
 	if c.path == "" {
@@ -106,12 +107,20 @@ func (s *supervisor) succeeded() {
 	up.old.close()
 	s.quick = 0
 	s.log.Info("upgrade: the new engine serves", "pid", s.cur.proc.Pid, "executable", s.bin.path)
-	up.by.say(answer{Text: fmt.Sprintf("process %d serves", s.cur.proc.Pid), Done: true, OK: true})
-	if err := s.reexec(); err != nil {
+	if err := s.reexec(up.by); err != nil {
 		// Its messages are not read any more; its successor's will be.
 		s.log.Error("upgrade: the supervisor stays what it was", "error", err)
 		s.cur.kill()
+		s.upgraded(up.by)
+		if s.told {
+			s.signals <- unix.SIGTERM
+		}
 	}
+}
+
+// upgraded tells who asked that all is done.
+func (s *supervisor) upgraded(by *caller) {
+	by.say(answer{Text: fmt.Sprintf("process %d serves", s.cur.proc.Pid), Done: true, OK: true})
 }
 
 // stateVersion is of the state that one executable of the supervisor leaves to
@@ -131,12 +140,14 @@ type state struct {
 	Held     map[string]int `json:"held"`
 	Made     bool           `json:"made"`
 	Deaths   int            `json:"deaths"`
-	Stopping bool           `json:"stopping"`
+	Caller   int            `json:"caller"`   // who asked for the upgrade
+	Stopping bool           `json:"stopping"` // a request to stop has come
 }
 
 // reexec replaces this process's executable by that of the engine. It returns
-// only if that fails.
-func (s *supervisor) reexec() error {
+// only if that fails. The next one answers by, so that whoever sends a signal
+// after the answer sends it to that.
+func (s *supervisor) reexec(by *caller) error {
 	c := s.cur
 	// Nothing may be read and lost from here on. What has been read is acted
 	// on; an end is seen by the next executable as well.
@@ -164,31 +175,53 @@ func (s *supervisor) reexec() error {
 		return err
 	}
 	defer sock.Close()
-	st := state{
-		Version: stateVersion, PID: c.proc.Pid, Conn: int(conn.Fd()), Lock: s.lock, Socket: int(sock.Fd()),
-		Binary: s.bin.fd, Path: s.bin.path, Held: s.held, Made: s.made, Deaths: s.deaths, Stopping: s.stopping,
-	}
-	text, err := json.Marshal(st)
+	peer, err := by.conn.File()
 	if err != nil {
 		return err
 	}
-	// A signal that comes in between waits for the next executable.
-	var all, before unix.Sigset_t
-	for i := range all.Val {
-		all.Val[i] = ^all.Val[i]
-	}
-	if err := unix.PthreadSigmask(unix.SIG_SETMASK, &all, &before); err != nil {
-		return err
+	defer peer.Close()
+	st := state{
+		Version: stateVersion, PID: c.proc.Pid, Conn: int(conn.Fd()), Lock: s.lock, Socket: int(sock.Fd()),
+		Binary: s.bin.fd, Path: s.bin.path, Held: s.held, Made: s.made, Deaths: s.deaths, Caller: int(peer.Fd()),
 	}
 	st.inherit(0)
-	err = unix.Exec(s.bin.name(), append([]string{s.bin.path}, s.opt.Args...), append(slices.Clone(s.opt.Env), envState+"="+string(text)))
+	// What was sent until now is in the channel when Stop returns. A signal to
+	// stop that comes between here and init below ends this process at once, and
+	// the engine with it: it must not get lost at least.
+	signal.Stop(s.signals)
+	signal.Reset(unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+	st.Stopping = s.stopping
+	for len(s.signals) > 0 {
+		if sig := <-s.signals; sig == unix.SIGHUP {
+			_ = c.proc.Signal(sig)
+		} else {
+			st.Stopping = true
+		}
+	}
+	text, err := json.Marshal(st)
+	if err == nil {
+		err = unix.Exec(s.bin.name(), append([]string{s.bin.path}, s.opt.Args...), append(slices.Clone(s.opt.Env), envState+"="+string(text)))
+	}
 	st.inherit(unix.FD_CLOEXEC)
-	return errors.Join(err, unix.PthreadSigmask(unix.SIG_SETMASK, &before, nil))
+	s.told = st.Stopping
+	s.notify()
+	return err
+}
+
+// early has the signals that came before anything else of this executable
+// listened: it begins in the middle of a life.
+var early chan os.Signal
+
+func init() {
+	if os.Getenv(envState) != "" {
+		early = make(chan os.Signal, 8)
+		signal.Notify(early, unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+	}
 }
 
 // inherit sets the flags of all descriptors.
 func (st *state) inherit(flags int) {
-	fds := []int{st.Conn, st.Lock, st.Socket, st.Binary}
+	fds := []int{st.Conn, st.Lock, st.Socket, st.Binary, st.Caller}
 	for _, fd := range st.Held {
 		fds = append(fds, fd)
 	}
@@ -230,11 +263,18 @@ func (s *supervisor) resume(text string) error {
 	s.served = true
 	s.cur = &child{proc: p, bin: s.bin, conn: conn, ready: true, readyAt: time.Now()}
 	s.listen(s.cur)
-	// The former executable had all signals wait.
-	var none unix.Sigset_t
-	if err := unix.PthreadSigmask(unix.SIG_SETMASK, &none, nil); err != nil {
-		return err
-	}
 	s.log.Info("the supervisor runs from a new executable", "engine", st.PID)
+	s.told = st.Stopping
+	signal.Stop(early) // Others listen by now.
+	for len(early) > 0 {
+		if sig := <-early; sig == unix.SIGHUP {
+			_ = p.Signal(sig)
+		} else {
+			s.told = true
+		}
+	}
+	if peer, err := connOf(st.Caller); err == nil {
+		s.upgraded(&caller{conn: peer})
+	}
 	return nil
 }

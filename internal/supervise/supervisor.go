@@ -73,12 +73,17 @@ type supervisor struct {
 	next *child // who prepares to take cur's place
 	up   *upgrade
 
+	waiting []*caller // for an engine that serves
+
 	said  chan message
 	calls chan *caller
 	retry <-chan time.Time // not nil: no start before
 
 	served   bool // a child has been ready
 	stopping bool
+	told     bool            // the former executable was told to stop
+	ctx      context.Context // of Run
+	signals  chan os.Signal
 	quick    int // quick deaths in a row
 	deaths   int
 }
@@ -96,12 +101,12 @@ func Run(ctx context.Context, opt Options) (code int, err error) {
 		opt.StartLimit = startLimit
 	}
 	s := &supervisor{
-		opt: opt, log: opt.Log, lock: -1, held: map[string]int{},
+		opt: opt, log: opt.Log, ctx: ctx, lock: -1, held: map[string]int{},
 		said: make(chan message), calls: make(chan *caller),
 	}
-	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, unix.SIGHUP)
-	defer signal.Stop(hup)
+	s.signals = make(chan os.Signal, 8)
+	s.notify()
+	defer signal.Stop(s.signals)
 	s.opt.Env = slices.DeleteFunc(slices.Clone(opt.Env), func(v string) bool { return strings.HasPrefix(v, EnvPrefix) })
 	state := os.Getenv(envState)
 	_ = os.Unsetenv(envState)
@@ -116,8 +121,11 @@ func Run(ctx context.Context, opt Options) (code int, err error) {
 	}
 	go s.accept(s.sock)
 	debug.FreeOSMemory()
-	return s.loop(ctx, hup), nil
+	return s.loop(), nil
 }
+
+// notify has signals come to the loop.
+func (s *supervisor) notify() { signal.Notify(s.signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP) }
 
 // begin takes what a supervisor needs.
 func (s *supervisor) begin() error {
@@ -183,7 +191,7 @@ func (s *supervisor) end() {
 }
 
 // loop serves until there is an exit code.
-func (s *supervisor) loop(ctx context.Context, hup <-chan os.Signal) int {
+func (s *supervisor) loop() int {
 	step := max(min(s.opt.Hang/10, 500*time.Millisecond), 10*time.Millisecond)
 	tick := time.NewTicker(step)
 	defer tick.Stop()
@@ -193,7 +201,12 @@ func (s *supervisor) loop(ctx context.Context, hup <-chan os.Signal) int {
 		defer t.Stop()
 		alive = t.C
 	}
-	done := ctx.Done()
+	done := s.ctx.Done()
+	if s.told {
+		now := make(chan struct{})
+		close(now)
+		done = now
+	}
 	for {
 		if s.cur == nil && s.retry == nil {
 			if code, over := s.start(); over {
@@ -206,9 +219,13 @@ func (s *supervisor) loop(ctx context.Context, hup <-chan os.Signal) int {
 			if code, over := s.stop(); over {
 				return code
 			}
-		case <-hup:
-			if s.cur != nil {
-				_ = s.cur.proc.Signal(unix.SIGHUP)
+		case sig := <-s.signals:
+			if sig == unix.SIGHUP {
+				if s.cur != nil {
+					_ = s.cur.proc.Signal(unix.SIGHUP)
+				}
+			} else if code, over := s.stop(); over {
+				return code
 			}
 		case m := <-s.said:
 			if code, over := s.hear(m); over {
@@ -253,12 +270,19 @@ func (s *supervisor) rest() {
 
 // stop passes the request to stop on.
 func (s *supervisor) stop() (code int, over bool) {
+	if s.stopping {
+		return 0, false
+	}
 	s.stopping = true
 	s.opt.Notify("STOPPING=1\nSTATUS=stopping")
 	if s.up != nil {
 		s.up.fail("the instance is being stopped")
 		s.up = nil
 	}
+	for _, c := range s.waiting {
+		c.say(answer{Text: "the instance is being stopped", Done: true})
+	}
+	s.waiting = nil
 	if s.next != nil {
 		s.next.kill()
 		s.next = nil
@@ -349,6 +373,11 @@ func (s *supervisor) nowReady(c *child) {
 	s.log.Info("the engine serves", "pid", c.proc.Pid, "replaced", s.deaths)
 	if s.up != nil && s.up.switching {
 		s.succeeded()
+	}
+	again := s.waiting
+	s.waiting = nil
+	for _, c := range again {
+		s.begun(c)
 	}
 }
 

@@ -42,7 +42,7 @@ type answer struct {
 // caller is somebody who asked for an upgrade.
 type caller struct {
 	path string
-	conn net.Conn
+	conn *net.UnixConn
 }
 
 // patience bounds a write to a caller, who may have gone to sleep.
