@@ -98,9 +98,9 @@ func TestDocumented(t *testing.T) {
 	before := ""
 	for n, line := range strings.Split(string(b), "\n") {
 		l := strings.TrimSpace(line)
-		declares := strings.HasPrefix(l, "rpc ") || strings.HasPrefix(l, "service ") || strings.HasPrefix(l, "enum ") ||
+		declares := strings.HasPrefix(l, "rpc ") || strings.HasPrefix(l, "service ") || strings.HasPrefix(l, "enum ") || strings.HasPrefix(l, "message ") || strings.HasPrefix(l, "oneof ") ||
 			(strings.HasPrefix(line, " ") && strings.HasSuffix(l, ";"))
-		if declares && !strings.HasPrefix(before, "//") && !strings.Contains(l, "UNSPECIFIED") && !strings.HasPrefix(l, "repeated") {
+		if declares && !strings.HasPrefix(before, "//") && !strings.Contains(l, "UNSPECIFIED") {
 			t.Errorf("policy.proto:%d: %q has no comment", n+1, l)
 		}
 		before = l

@@ -303,6 +303,7 @@ func (AtCap) EnumDescriptor() ([]byte, []int) {
 	return file_policy_proto_rawDescGZIP(), []int{3}
 }
 
+// DescribeRequest asks the plugin what it is.
 type DescribeRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The version of Weir, for people and logs.
@@ -348,6 +349,8 @@ func (x *DescribeRequest) GetWeirVersion() string {
 	return ""
 }
 
+// DescribeResponse is what the plugin is and can do. It stays the same as long
+// as the process lives.
 type DescribeResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The plugin's name for itself, for people and logs.
@@ -632,6 +635,7 @@ func (x *Server) GetBackup() bool {
 	return false
 }
 
+// ConfigureRequest is a farm with the configuration for it.
 type ConfigureRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The farm, with all its servers.
@@ -695,6 +699,7 @@ func (x *ConfigureRequest) GetCheckOnly() bool {
 	return false
 }
 
+// ConfigureResponse says whether the plugin takes a configuration.
 type ConfigureResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What is wrong; empty when the configuration is accepted.
@@ -796,6 +801,7 @@ func (x *ConfigError) GetMessage() string {
 	return ""
 }
 
+// ForgetRequest names a farm that no longer uses the plugin.
 type ForgetRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The farm's name.
@@ -841,6 +847,7 @@ func (x *ForgetRequest) GetFarm() string {
 	return ""
 }
 
+// ForgetResponse says that it is done, also for a farm that was not known.
 type ForgetResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -877,6 +884,7 @@ func (*ForgetResponse) Descriptor() ([]byte, []int) {
 	return file_policy_proto_rawDescGZIP(), []int{9}
 }
 
+// TickRequest tells how a farm is, and what Weir has.
 type TickRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The farm's name.
@@ -941,6 +949,7 @@ func (x *TickRequest) GetHaveGeneration() uint64 {
 	return 0
 }
 
+// TickResponse is what the plugin says about a farm now.
 type TickResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The current snapshot. Absent when Weir has it already or the plugin has
@@ -2066,8 +2075,9 @@ func (x *Redirect) GetLocation() string {
 
 // Eligibility says which servers may be used. One that is not listed may.
 type Eligibility struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Servers       []*EligibleServer      `protobuf:"bytes,1,rep,name=servers,proto3" json:"servers,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The verdicts, each server at most once.
+	Servers       []*EligibleServer `protobuf:"bytes,1,rep,name=servers,proto3" json:"servers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2175,8 +2185,9 @@ func (x *EligibleServer) GetReason() string {
 
 // Scores multiply the servers' weights. A server that is not listed has 1.
 type Scores struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Servers       []*ServerScore         `protobuf:"bytes,1,rep,name=servers,proto3" json:"servers,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The factors, each server at most once.
+	Servers       []*ServerScore `protobuf:"bytes,1,rep,name=servers,proto3" json:"servers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2709,6 +2720,7 @@ func (x *AskKey) GetClientBits6() uint32 {
 	return 0
 }
 
+// DecideRequest is what the plugin wanted to know of a request.
 type DecideRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The farm's name.
@@ -2881,6 +2893,7 @@ func (x *FieldValue) GetPresent() bool {
 	return false
 }
 
+// DecideResponse is what to do with a request.
 type DecideResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What to do; absent: the plugin does not mind.
