@@ -346,8 +346,9 @@ func TestPluginFaults(t *testing.T) {
 		list = append(list, fmt.Sprintf("{name: is-%s, command: [%q, %q], start_timeout: 5s, restart: {min: %s, max: %s, limit: 0}}", m, odd, filepath.Join(dir, "is-"+m), pause, pause))
 	}
 	w := r.start(lab.ConfigOptions{
-		Policies: `[{use: path, config: {default: [s1, s2]}}, {use: state, config: {probe: {http: /healthz}}}, load, ` + strings.Join(names, ", ") + "]",
-		Plugins:  "[" + strings.Join(list, ", ") + ", {name: path, restart: {min: 10ms, max: 10ms, limit: 0}}, {name: load, restart: {min: 10ms, max: 10ms, limit: 0}}]",
+		Policies: `[{use: path, config: {default: [s1, s2]}}, {use: state, config: {probe: {http: /healthz}}}, load, {use: asked, fallback: ignore}, ` + strings.Join(names, ", ") + "]",
+		Plugins: "[" + strings.Join(list, ", ") + ", {name: path, restart: {min: 10ms, max: 10ms, limit: 0}}, {name: load, restart: {min: 10ms, max: 10ms, limit: 0}}, " +
+			fmt.Sprintf("{name: asked, command: [%q, ask], restart: {min: 10ms, max: 10ms, limit: 0}}]", odd),
 	})
 	tr := r.keepAsking(4, r.VIP().String(), "/")
 	until(t, 20*time.Second, "the first requests", func() bool { return tr.n.Load() > 50 })
@@ -380,18 +381,20 @@ func TestPluginFaults(t *testing.T) {
 		}
 		return before
 	}
-	for range 3 {
-		before := kill(syscall.SIGKILL, "path", "load")
-		until(t, 20*time.Second, "the restarts after kill -9", func() bool {
+	again := func(what string, before map[string]control.PluginDetail, names ...string) {
+		t.Helper()
+		until(t, 30*time.Second, what, func() bool {
 			now := r.pluginsOf(w)
-			return now["path"].Restarts > before["path"].Restarts && now["path"].State == "up" && now["load"].Restarts > before["load"].Restarts && now["load"].State == "up"
+			return !slices.ContainsFunc(names, func(n string) bool { return now[n].Restarts <= before[n].Restarts || now[n].State != "up" })
 		})
 	}
-	before := kill(syscall.SIGSTOP, "path")
-	until(t, 20*time.Second, "the end of a plugin that hangs", func() bool {
-		now := r.pluginsOf(w)["path"]
-		return now.Restarts > before["path"].Restarts && now.State == "up"
-	})
+	for range 3 {
+		again("the restarts after kill -9", kill(syscall.SIGKILL, "path", "load", "asked"), "path", "load", "asked")
+	}
+	again("the end of plugins that hang", kill(syscall.SIGSTOP, "path", "asked"), "path", "asked")
+	if d := r.pluginsOf(w)["asked"].Decisions; d.Answered == 0 {
+		t.Errorf("the plugin that is asked has not answered: %+v", d)
+	}
 	for _, m := range modes {
 		turn("is-"+m, m)
 	}
@@ -401,7 +404,18 @@ func TestPluginFaults(t *testing.T) {
 	warm := memory()
 	until(t, 60*time.Second, "200 crashes in a row", func() bool { return restarts("is-exit") >= 200 })
 	after := memory()
+	if os.Getenv("WEIR_SOAK") != "" {
+		until(t, 10*time.Minute, "2,000 crashes in a row", func() bool { return restarts("is-exit") >= 2000 })
+		if n := memory(); n > after+16<<10 {
+			t.Errorf("%d KiB of memory after 2,000 crashes, %d after 200", n, after)
+		} else {
+			t.Logf("memory %d KiB after 2,000 crashes", n)
+		}
+	}
 	now := r.pluginsOf(w)
+	if out, err := exec.CommandContext(within(t, 10*time.Second), r.bin, "events", "--socket", filepath.Join(r.run, "admin.sock")).CombinedOutput(); err != nil || !strings.Contains(string(out), "plugin-state") {
+		t.Errorf("no event tells of a plugin (%v):\n%s", err, out)
+	}
 	for _, n := range names {
 		if now[n].Restarts == 0 {
 			t.Errorf("the restarts of %s are not visible: %+v", n, now[n])

@@ -2076,7 +2076,7 @@ func (x *Redirect) GetLocation() string {
 // Eligibility says which servers may be used. One that is not listed may.
 type Eligibility struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The verdicts, each server at most once.
+	// The verdicts.
 	Servers       []*EligibleServer `protobuf:"bytes,1,rep,name=servers,proto3" json:"servers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2186,7 +2186,7 @@ func (x *EligibleServer) GetReason() string {
 // Scores multiply the servers' weights. A server that is not listed has 1.
 type Scores struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The factors, each server at most once.
+	// The factors.
 	Servers       []*ServerScore `protobuf:"bytes,1,rep,name=servers,proto3" json:"servers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
