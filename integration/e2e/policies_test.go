@@ -248,10 +248,12 @@ func TestPoliciesBandwidth(t *testing.T) {
 	if limit := 1.1 * rate * took; capped > limit {
 		t.Errorf("the capped server sent %.0f bytes in %.1f s, its budget allows %.0f", capped, took, limit)
 	}
-	if capped < 0.2*rate*took {
+	// Both depend on what the machine can do at all.
+	plenty := capped+rest > 4*rate*took
+	if plenty && capped < 0.2*rate*took {
 		t.Errorf("the capped server sent only %.0f bytes in %.1f s", capped, took)
 	}
-	if rest < 2*capped {
+	if plenty && rest < 2*capped {
 		t.Errorf("the others sent %.0f bytes, the capped one %.0f", rest, capped)
 	}
 	t.Logf("capped: %.2f of its budget; the others: %.1f times as much", capped/(rate*took), rest/capped)
@@ -352,6 +354,10 @@ func TestPluginFaults(t *testing.T) {
 	})
 	tr := r.keepAsking(4, r.VIP().String(), "/")
 	until(t, 20*time.Second, "the first requests", func() bool { return tr.n.Load() > 50 })
+	// The flow tables are there from the start, and the kernel counts a page of
+	// them when it is used first: requests make that grow, up to what all of
+	// them hold. plugins/host tests that a crash itself leaves nothing.
+	const tables = 128 << 10
 	memory := func() int {
 		t.Helper()
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", w.Proc.Pid()))
@@ -367,6 +373,14 @@ func TestPluginFaults(t *testing.T) {
 		}
 		t.Fatal("no VmRSS")
 		return 0
+	}
+	files := func() int {
+		t.Helper()
+		list, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", w.Proc.Pid()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(list)
 	}
 	kill := func(sig syscall.Signal, names ...string) map[string]control.PluginDetail {
 		t.Helper()
@@ -401,15 +415,15 @@ func TestPluginFaults(t *testing.T) {
 	kill(syscall.SIGKILL, names...)
 	restarts := func(name string) uint64 { return r.pluginsOf(w)[name].Restarts }
 	until(t, 60*time.Second, "50 crashes in a row", func() bool { return restarts("is-exit") >= 50 })
-	warm := memory()
+	warm, open := memory(), files()
 	until(t, 60*time.Second, "200 crashes in a row", func() bool { return restarts("is-exit") >= 200 })
 	after := memory()
 	if os.Getenv("WEIR_SOAK") != "" {
 		until(t, 10*time.Minute, "2,000 crashes in a row", func() bool { return restarts("is-exit") >= 2000 })
-		if n := memory(); n > after+16<<10 {
+		if n := memory(); n > max(warm, tables)+48<<10 {
 			t.Errorf("%d KiB of memory after 2,000 crashes, %d after 200", n, after)
 		} else {
-			t.Logf("memory %d KiB after 2,000 crashes", n)
+			t.Logf("memory %d KiB after 2,000 crashes, %d requests", n, tr.n.Load())
 		}
 	}
 	now := r.pluginsOf(w)
@@ -421,8 +435,11 @@ func TestPluginFaults(t *testing.T) {
 			t.Errorf("the restarts of %s are not visible: %+v", n, now[n])
 		}
 	}
-	if after > warm+32<<10 {
+	if after > max(warm, tables)+32<<10 {
 		t.Errorf("%d KiB of memory after 200 crashes, %d after 50", after, warm)
+	}
+	if now := files(); now > open+40 {
+		t.Errorf("%d files are open after 200 crashes, %d after 50", now, open)
 	}
 	t.Logf("%d requests; memory %d KiB after 50 crashes, %d after 200", tr.n.Load(), warm, after)
 	for _, m := range modes {
