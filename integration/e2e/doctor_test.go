@@ -187,6 +187,9 @@ func TestDoctor(t *testing.T) {
 		if code, out, errs := r.inRouter(nil, r.bin, "cleanup"); code != 0 || !strings.Contains(out, "removed table inet weir") {
 			t.Errorf("weir cleanup: exit code %d\n%s%s", code, out, errs)
 		}
+		if code, out, errs := r.inRouter(nil, r.bin, "cleanup"); code != 0 || out != "nothing was left\n" {
+			t.Errorf("weir cleanup once more: exit code %d\n%s%s", code, out, errs)
+		}
 		healthy("after the clean-up")
 	})
 	// For people: the command stands in the line below.

@@ -108,10 +108,15 @@ func cleanup(_ context.Context, cfg *config.Config, out io.Writer) error {
 	case !errors.Is(err, os.ErrNotExist):
 		return err
 	}
+	left := false
+	say := func(format string, args ...any) {
+		left = true
+		fmt.Fprintf(out, format+"\n", args...)
+	}
 	var errs []error
 	found, err := nft.Cleanup(cfg.Firewall.Table)
 	if found {
-		fmt.Fprintf(out, "removed table inet %s\n", cfg.Firewall.Table)
+		say("removed table inet %s", cfg.Firewall.Table)
 	}
 	errs = append(errs, err)
 	journal, err := nft.OpenJournal(cfg.RuntimeDir)
@@ -119,7 +124,7 @@ func cleanup(_ context.Context, cfg *config.Config, out io.Writer) error {
 		changes := journal.Changes()
 		err = journal.Restore()
 		for _, c := range changes {
-			fmt.Fprintf(out, "restored %s\n", c.Name)
+			say("restored %s", c.Name)
 		}
 	}
 	errs = append(errs, err)
@@ -129,12 +134,16 @@ func cleanup(_ context.Context, cfg *config.Config, out io.Writer) error {
 			if err := os.RemoveAll(path); err != nil {
 				errs = append(errs, err)
 			} else {
-				fmt.Fprintf(out, "removed %s\n", path)
+				say("removed %s", path)
 			}
 		}
 	}
 	if err := os.Remove(cfg.Admin.Socket); err == nil {
-		fmt.Fprintf(out, "removed %s\n", cfg.Admin.Socket)
+		say("removed %s", cfg.Admin.Socket)
 	}
-	return errors.Join(errs...)
+	if err := errors.Join(errs...); err != nil || left {
+		return err
+	}
+	_, err = fmt.Fprintln(out, "nothing was left")
+	return err
 }
