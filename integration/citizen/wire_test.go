@@ -41,6 +41,7 @@ type pair struct{ engine, peer netip.AddrPort }
 type spaces struct {
 	engine, peer           uint32
 	knowsEngine, knowsPeer bool
+	asked                  uint32 // the peer's last acknowledgment
 }
 
 // reach is how far from its highest so far a number may be: more than any
@@ -86,10 +87,17 @@ func (w *wire) judge(s ladder.Segment) {
 		return
 	}
 	mine, known := &c.peer, &c.knowsPeer
+	if !fromEngine && s.Flags&ladder.ACK != 0 {
+		c.asked = s.Ack
+	}
 	if fromEngine {
 		mine, known = &c.engine, &c.knowsEngine
 		other, otherKnown := c.peer, c.knowsPeer
 		switch {
+		case s.Flags&ladder.RST != 0 && s.Seq == c.asked:
+			// Right by all means: so ends what a peer has left of an earlier
+			// connection of these ports (RFC 9293, section 3.5.1).
+			return
 		case *known && far(s.Seq, *mine):
 			w.say(s, fmt.Sprintf("has a sequence number that is not of this connection, which is at %d", *mine))
 			return
@@ -98,6 +106,9 @@ func (w *wire) judge(s ladder.Segment) {
 		case s.Flags&ladder.ACK != 0 && otherKnown && far(s.Ack, other):
 			w.say(s, fmt.Sprintf("acknowledges what is not of this connection, which is at %d", other))
 		}
+	}
+	if !*known && s.Flags&ladder.SYN == 0 {
+		return // of an earlier connection
 	}
 	if end := s.Seq + uint32(s.Len); !*known || int32(end-*mine) > 0 && !far(end, *mine) {
 		*mine, *known = end, true
@@ -241,6 +252,7 @@ func TestWireControl(t *testing.T) {
 		{"reset of what began elsewhere", seg(vip, left, ladder.RST, 300, 0), 0},
 		{"reset by another number", seg(vip, left, ladder.RST, 301, 0), 1},
 		{"more than a reset of it", seg(vip, left, ladder.ACK, 300, 0), 1},
+		{"reset by the number that was asked for", seg(vip, client, ladder.RST, 4_000_000_001, 0), 0},
 		{"a server's address", seg(server, client, ladder.ACK, 1, 1), 1},
 	} {
 		w := newWire(func(a netip.AddrPort) bool { return a == vip }, func(s ladder.Segment) bool { return s.Src == server })
