@@ -38,7 +38,7 @@ func farmSpec(c *config.Config, snap func(farm, plugin string) (*snapshot.Snapsh
 			Limits: farm.Limits{
 				Head: uint32(f.Limits.Head), Fields: uint16(f.Limits.Fields), Target: uint16(f.Limits.Target),
 				ChunkExt: uint16(f.Limits.ChunkExtension), Trailers: uint32(f.Limits.Trailers), BodyRate: int64(f.Limits.BodyRate),
-				Connections: int32(f.Limits.Connections), PerClient: int32(f.Limits.PerClient),
+				Connections: int32(f.Limits.Connections), PerClient: int32(f.Limits.PerClient), Held: int64(f.Limits.Held),
 			},
 			RouteSafety: safety,
 		}

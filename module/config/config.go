@@ -75,6 +75,7 @@ type Limits struct {
 	BodyRate       Rate     `koanf:"body_rate" default:"4Kbit" doc:"Least pace of a request's body, measured over timeouts.body while the server takes more. A slower one gets 408. 0 is no limit."`
 	Connections    int      `koanf:"connections" default:"0" min:"0" max:"16777215" doc:"Client connections of the farm at once, those that have asked for something. A further one is reset; established ones are untouched. 0 is no limit but the room of the tables."`
 	PerClient      int      `koanf:"per_client" default:"8192" min:"0" max:"16777215" doc:"The same for one client, which is an IPv4 address or a /64 of IPv6. Many people may share one address. 0 is no limit."`
+	Held           ByteSize `koanf:"held" default:"256MiB" doc:"Bytes of requests that are held for all clients of the farm together, until a server takes them; the first 4KiB of each client do not count. What comes beyond waits in the client, as if it were lost. 0 is no limit."`
 }
 
 // Server is one server of a farm.

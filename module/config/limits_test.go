@@ -19,7 +19,7 @@ farms:
     forwarded: forwarded
     forwarded_trust: [198.18.0.0/16, 198.18.5.7, "2001:db8::/32"]
     route_safety: pass
-    limits: {head: 2KiB, fields: 20, chunk_extension: 16, trailers: 100, body_rate: 0, connections: 1000, per_client: 50}
+    limits: {head: 2KiB, fields: 20, chunk_extension: 16, trailers: 100, body_rate: 0, connections: 1000, per_client: 50, held: 1MiB}
     timeouts: {body: 5s, tunnel: 10m}
 `))
 	if err != nil {
@@ -38,7 +38,7 @@ farms:
 		t.Errorf("forwarded_trust %v, route_safety %q", f.ForwardedTrust, f.RouteSafety)
 	}
 	// A target that nobody wrote follows the head down.
-	if w := (Limits{Head: 2048, Fields: 20, Target: 2047, ChunkExtension: 16, Trailers: 100, Connections: 1000, PerClient: 50}); f.Limits != w {
+	if w := (Limits{Head: 2048, Fields: 20, Target: 2047, ChunkExtension: 16, Trailers: 100, Connections: 1000, PerClient: 50, Held: 1 << 20}); f.Limits != w {
 		t.Errorf("limits %+v, want %+v", f.Limits, w)
 	}
 	text, err := c.Dump()

@@ -78,7 +78,7 @@ func TestExample(t *testing.T) {
 	check("routes", web.Policies[1].Config["routes"].([]any)[0], any(map[string]any{"prefix": "/sales/", "servers": []any{"s1"}}))
 	check("pool", web.Pool, Pool{64, 512, 0, 16, Duration(30 * time.Second), 0, 0, 1024, Duration(5 * time.Second), 1 << 20, Duration(10 * time.Second)})
 	check("timeouts", web.Timeouts, Timeouts{Duration(5 * time.Second), Duration(15 * time.Second), Duration(20 * time.Second), Duration(60 * time.Second), Duration(60 * time.Second), Duration(time.Hour), Duration(60 * time.Second)})
-	check("limits", web.Limits, Limits{64 << 10, 100, 8000, 4 << 10, 8 << 10, 500, 0, 8192})
+	check("limits", web.Limits, Limits{64 << 10, 100, 8000, 4 << 10, 8 << 10, 500, 0, 8192, 256 << 20})
 	check("second farm has the same defaults", c.Farm("web6").Pool, web.Pool)
 	check("listen list", len(c.Farm("web6").Listen), 2)
 	var names []string

@@ -76,10 +76,7 @@ func (e *Engine) holdBody(c *splice.Client, v *splice.Server, b []byte) {
 	d := e.sides.at(c.Side) // copies are kept while the body waits
 	edited := len(d.sent) > 0 && &d.sent[0] != &d.held[0]
 	from := len(d.held)
-	if room := max(e.holdCap(c)-len(d.held)-len(d.next), 0); len(b) > room {
-		e.Count.add(ReasonBeyondWindow)
-		b = b[:room]
-	}
+	b = b[:e.room(c, d, len(b))]
 	d.held = append(d.held, b...)
 	if c.Flags&splice.ClientReqEndKnown != 0 {
 		// Everything up to the end is body, what follows is the next request.
@@ -91,6 +88,7 @@ func (e *Engine) holdBody(c *splice.Client, v *splice.Server, b []byte) {
 		e.followBody(c, d, from)
 	}
 	c.RcvNxt = c.RcvNxt.Add(packet.Size(len(b)))
+	e.charge(c, d)
 	if edited {
 		d.edited = append(d.edited, d.held[from:]...)
 		d.sent = d.edited

@@ -321,7 +321,7 @@ func (e *Engine) clientHeld(r splice.Ref, c *splice.Client, p *packet.TCP, ev *E
 			return
 		}
 	}
-	if fin {
+	if fin && c.RcvNxt == seq.Add(packet.Size(n)) { // else it will come again
 		if c.State == splice.ClientBinding && (c.Flags&splice.ClientReqEndKnown == 0 || c.RcvNxt.Less(c.ReqEnd)) {
 			// A FIN inside a request: it can never be completed.
 			e.Count.add(ReasonAbortedRequest)
@@ -343,11 +343,7 @@ func (e *Engine) hold(r splice.Ref, c *splice.Client, b []byte) {
 	d := e.sideOf(c)
 	// The advertised window is never larger than what is left of this, so an
 	// honest client does not reach it.
-	room := e.holdCap(c) - len(d.held) - len(d.next)
-	if len(b) > room {
-		e.Count.add(ReasonBeyondWindow)
-		b = b[:max(room, 0)]
-	}
+	b = b[:e.room(c, d, len(b))]
 	if len(d.held) == 0 && c.State == splice.ClientHead {
 		d.req.Reset()
 		d.scanned = 0
@@ -362,10 +358,12 @@ func (e *Engine) hold(r splice.Ref, c *splice.Client, b []byte) {
 		d.held = append(d.held, b[:k]...)
 		d.next = append(d.next, b[k:]...)
 		c.RcvNxt = c.RcvNxt.Add(packet.Size(len(b)))
+		e.charge(c, d)
 		return
 	}
 	d.held = append(d.held, b...)
 	c.RcvNxt = c.RcvNxt.Add(packet.Size(len(b)))
+	e.charge(c, d)
 	if c.State == splice.ClientBinding {
 		e.followBody(c, d, len(d.held)-len(b))
 	}
@@ -383,6 +381,52 @@ func (e *Engine) followBody(c *splice.Client, d *side, i int) {
 		d.held = d.held[:i+n]
 	case http1.Bad:
 		c.Flags |= splice.ClientReqBad
+	}
+}
+
+// freeHold is how many bytes are held of a client whatever others have: an
+// ordinary head.
+const freeHold = 4 << 10
+
+// left is how many more bytes may be held of a client: as many as its own limit
+// allows, and beyond freeHold as many as all clients of the farm leave.
+func (e *Engine) left(c *splice.Client, d *side) int {
+	own := len(d.held) + len(d.next)
+	n := e.holdCap(c) - own
+	if own+n > freeHold {
+		if f := e.db.FarmByID(c.Farm); f != nil && f.Limits.Held > 0 {
+			n = min(n, max(freeHold-own, 0)+int(max(f.Limits.Held-f.Stats.Held.Load(), 0)))
+		}
+	}
+	return max(n, 0)
+}
+
+// room is how many of n more bytes are held; what is not is as if lost.
+func (e *Engine) room(c *splice.Client, d *side, n int) int {
+	if len(d.held)+len(d.next)+n <= freeHold {
+		return n
+	}
+	k := e.left(c, d)
+	if k >= n {
+		return n
+	}
+	if len(d.held)+len(d.next)+n > e.holdCap(c) {
+		e.Count.add(ReasonBeyondWindow)
+	} else {
+		e.Count.add(ReasonHeldFull)
+	}
+	return k
+}
+
+// charge counts what is held of a client beyond freeHold.
+func (e *Engine) charge(c *splice.Client, d *side) {
+	n := max(len(d.held)+len(d.next)-freeHold, 0)
+	if n == d.charged {
+		return
+	}
+	if f := e.db.FarmByID(c.Farm); f != nil {
+		f.Stats.Held.Add(int64(n - d.charged))
+		d.charged, d.account = n, f.Stats
 	}
 }
 
@@ -515,7 +559,7 @@ func (e *Engine) clientWindow(c *splice.Client) uint16 {
 	room := HoldWindow
 	if c.Side != 0 {
 		d := e.sides.at(c.Side)
-		room = min(room, e.holdCap(c)-len(d.held)-len(d.next))
+		room = min(room, e.left(c, d))
 	}
 	return splice.WindowField(uint32(max(room, 0)), toClientShift(c))
 }

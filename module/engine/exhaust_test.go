@@ -202,6 +202,67 @@ func TestKeptLimit(t *testing.T) {
 	}
 }
 
+// TestHeldLimit: clients send heads that do not end, as much as may be held of
+// all and twice that. What is beyond waits in the client, whose window says so;
+// the established one and small requests are served; when the others are gone,
+// a large head is taken again.
+func TestHeldLimit(t *testing.T) {
+	const limit, size = 1 << 20, 30 << 10
+	clients := 2 * limit / (size - freeHold)
+	g := newRig(t, oneServer, keepIdle, small(func(p *farm.PoolLimits) { p.MaxConnections = 0 }),
+		func(s *farm.Spec) { s.Farms[0].Limits.Held = limit })
+	f := g.db.Farms[0]
+	goOn := established(g)
+	head := "GET / HTTP/1.1\r\nHost: a\r\n" + strings.Repeat("P: "+strings.Repeat("p", 1000)+"\r\n", 40)
+	var all []*pair
+	for i := range clients {
+		p := g.dial(user(i), packet.Seq(70_000*(i+1)))
+		for off := 0; off < size; off += 1000 {
+			g.play(g.raw(p.cli, vip, seg{fl: ack, seq: p.cseq + packet.Seq(off), ack: p.cack, data: head[off:min(off+1000, size)]}))
+		}
+		all = append(all, p)
+		if n := g.e.Count.Get(ReasonHeldFull); i < clients/2-1 && n > 0 {
+			t.Fatalf("full after %d of %d clients: %d bytes", i+1, clients/2, f.Stats.Held.Load())
+		}
+		if n := f.Stats.Held.Load(); n > limit {
+			t.Fatalf("%d bytes are held, the limit is %d", n, limit)
+		}
+	}
+	if g.e.Count.Get(ReasonHeldFull) == 0 || f.Stats.Held.Load() < limit-size {
+		t.Errorf("%d bytes held: %s", f.Stats.Held.Load(), g.counts())
+	}
+	// The last one is told to wait.
+	p := all[len(all)-1]
+	told := g.play(g.raw(p.cli, vip, seg{fl: ack, seq: p.cseq, ack: p.cack, data: head[:1000]}))
+	if len(told) != 1 || told[0].win != 0 {
+		t.Errorf("a client whose bytes are not taken gets %d packets", len(told))
+	}
+	goOn()
+	g.iss = []packet.Seq{1999}
+	a := g.dial(c1, 100)
+	a.ask(get("/small", 200), 499)
+	if string(a.fromClient) != get("/small", 200) {
+		t.Errorf("a small request: its server gets %q", a.fromClient)
+	}
+	for _, p := range all {
+		c := g.e.clients.At(g.e.clients.Lookup(&packet.Tuple{Src: ep(p.cli), Dst: ep(vip)}))
+		g.play(g.raw(p.cli, vip, seg{fl: rst, seq: c.RcvNxt}))
+	}
+	if n := f.Stats.Held.Load(); n != 0 {
+		t.Errorf("%d bytes count when nothing is held", n)
+	}
+	g.iss = []packet.Seq{3_000_000}
+	b := g.dial(user(5000), 900)
+	large := head + "\r\n"
+	for off := 0; off < len(large); off += 1000 {
+		b.note(g.play(g.raw(b.cli, vip, seg{fl: ack, seq: b.cseq + packet.Seq(off), ack: b.cack, data: large[off:min(off+1000, len(large))]})), 7000)
+	}
+	if string(b.fromClient) != large {
+		t.Errorf("a large head: its server gets %d of %d bytes", len(b.fromClient), len(large))
+	}
+	goOn()
+}
+
 // TestSYNStructures: as many SYNs in one slot as the bitmaps have bits, and as
 // many again. Nothing is remembered of them but bits, a guessed acknowledgment
 // still fails, and a client that comes then is served.

@@ -31,6 +31,7 @@ const (
 	ReasonEmbryosFull
 	ReasonTombsFull
 	ReasonKeptFull
+	ReasonHeldFull
 	ReasonResetLimit
 	ReasonAckBeyond
 	ReasonOutOfWindow
@@ -191,7 +192,7 @@ func answered(status int) Reason {
 var reasonNames = [reasonCount]string{
 	"none",
 	"malformed", "fragment", "bad-checksum", "truncated-copy", "unknown-client", "unknown-server", "bad-cookie",
-	"tombstone", "table-full", "connection-limit", "client-limit", "embryos-full", "tombstones-full", "kept-full", "reset-limit", "ack-beyond", "out-of-window", "blind-reset", "beyond-frontier", "beyond-window", "old-epoch",
+	"tombstone", "table-full", "connection-limit", "client-limit", "embryos-full", "tombstones-full", "kept-full", "held-full", "reset-limit", "ack-beyond", "out-of-window", "blind-reset", "beyond-frontier", "beyond-window", "old-epoch",
 	"stateless-reset", "stateless-fin", "challenge-ack", "early-ack", "own-answer",
 	"client-fin", "client-reset", "client-idle", "client-silent", "head-timeout", "aborted-request", "served",
 	"truncated-response", "bad-response", "stopped",

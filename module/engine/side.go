@@ -3,6 +3,7 @@
 package engine
 
 import (
+	"github.com/weirgate/weir/module/farm"
 	"github.com/weirgate/weir/module/http1"
 	"github.com/weirgate/weir/policies/snapshot"
 )
@@ -37,11 +38,18 @@ type side struct {
 	// that is open, 0 = none.
 	answered []answerOf
 	question uint64
-	why      Reason // why the last attempt failed
 
 	// How much of held and next stands in the mirror.
 	heldMirrored, nextMirrored int
+	// charged are the bytes of held and next that account counts.
+	charged int
+	account *farm.FarmStats
+	why     Reason // why the last attempt failed
 }
+
+// keptSides is how many free sides keep their buffers: after a crowd the memory
+// goes back.
+const keptSides = 1024
 
 // maxKeptBuffer bounds what a free side keeps of its buffers, bytes.
 const maxKeptBuffer = 32 << 10
@@ -73,6 +81,13 @@ func (s *sides) at(i uint32) *side { return s.list[i] }
 
 func (s *sides) put(i uint32) {
 	d := s.list[i]
+	if d.charged > 0 {
+		d.account.Held.Add(-int64(d.charged))
+		d.charged, d.account = 0, nil
+	}
+	if len(s.free) >= keptSides {
+		*d = side{}
+	}
 	d.held, d.edited, d.next, d.answer = trim(d.held), trim(d.edited), trim(d.next), trim(d.answer)
 	d.frames, d.frameBytes = d.frames[:0], trim(d.frameBytes)
 	d.sent = nil

@@ -222,6 +222,7 @@ type Limits struct {
 	// Connections of clients at once, over all shards, 0 is no limit: in total,
 	// and of one client, which is an IPv4 address or an IPv6 /64.
 	Connections, PerClient int32
+	Held                   int64 // bytes held of all clients, but for the first 4 KiB of each; 0 is no limit
 }
 
 // RouteSafety says what happens to a request whose path a server may read as

@@ -9,7 +9,7 @@ import (
 )
 
 // FarmStats counts what happened in a farm since it came into being. All
-// fields but Waiting and Clients only grow. Every shard adds, anybody reads; two counters
+// fields but Waiting, Held and Clients only grow. Every shard adds, anybody reads; two counters
 // read one after the other need not be of one moment.
 type FarmStats struct {
 	ClientConnections atomic.Uint64 // accepted
@@ -26,6 +26,7 @@ type FarmStats struct {
 	BytesOut          atomic.Uint64 // payload from servers to clients
 
 	Waiting atomic.Int32 // requests that wait now, over all shards
+	Held    atomic.Int64 // bytes that engines hold of clients, but for the first 4 KiB of each
 	Clients atomic.Int32 // client connections with a record now, over all shards
 
 	ConnectionsRefused [RefuseKinds]atomic.Uint64 // new client connections, by limit

@@ -263,6 +263,7 @@ func (x scrape) farm(f *farm.Farm) {
 	}
 	x.count(farmRefused, st.WaitRefused.Load(), f.Name, "max_waiting")
 	x.count(farmRefused, st.WaitTimedOut.Load(), f.Name, "wait_timeout")
+	x.set(farmHeld, float64(st.Held.Load()), f.Name)
 	x.set(farmClients, float64(st.Clients.Load()), f.Name)
 	x.set(farmMaxClients, float64(f.Limits.Connections), f.Name)
 	for k := range st.ConnectionsRefused {

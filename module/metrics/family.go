@@ -112,6 +112,7 @@ var (
 	farmClients      = gauge("farm_client_connections", "Client connections that have asked for something.", labelFarm)
 	farmMaxClients   = gauge("farm_client_connections_limit", "limits.connections; 0 is no limit.", labelFarm)
 	farmNotAdmitted  = counter("farm_client_connections_refused_total", "New client connections that were reset because of limits.connections or limits.per_client.", labelFarm, labelReason)
+	farmHeld         = gauge("farm_held_bytes", "Bytes of requests that are held for clients, but for the first 4 KiB of each.", labelFarm)
 	farmWaiting      = gauge("farm_waiting_requests", "Requests that wait for a server connection.", labelFarm)
 	farmMaxWaiting   = gauge("farm_waiting_requests_limit", "pool.max_waiting; 0 is no limit.", labelFarm)
 	farmMaxConns     = gauge("farm_server_connections_limit", "pool.max_connections, per server; 0 is no limit.", labelFarm)
