@@ -5,7 +5,6 @@ package hostile
 import (
 	"encoding/hex"
 	"fmt"
-	"regexp"
 	"sync"
 	"testing"
 )
@@ -41,7 +40,23 @@ func (l *ledger) add(s stream) {
 	l.streams = append(l.streams, s)
 }
 
-var nonceText = regexp.MustCompile(`[0-9a-f]{32}`)
+// nonceText finds the nonces in a stream: 32 hexadecimal digits, one after the
+// other.
+func nonceText(b []byte) (all []string) {
+	run := 0
+	for i, c := range b {
+		if c >= '0' && c <= '9' || c >= 'a' && c <= 'f' {
+			run++
+		} else {
+			run = 0
+		}
+		if run == 32 {
+			all = append(all, string(b[i-31:i+1]))
+			run = 0
+		}
+	}
+	return all
+}
 
 // check proves INV-2 and INV-4 from both sides' logs. twice is how many
 // repetitions of idempotent requests Weir has counted.
@@ -61,8 +76,7 @@ func (l *ledger) check(twice int) (problems []string) {
 		// INV-2: every nonce in the stream was asked on this very connection,
 		// and in the order in which it was asked.
 		at := -1
-		for _, m := range nonceText.FindAll(s.received, -1) {
-			n := string(m)
+		for _, n := range nonceText(s.received) {
 			o, known := owner[n]
 			switch {
 			case !known:

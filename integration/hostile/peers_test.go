@@ -222,7 +222,7 @@ func (k *caller) own(path, nonce string) error {
 
 // foreign lists the nonces in what a connection received that are not its own.
 func (k *caller) foreign(own ...string) (alien []string) {
-	for _, m := range nonceText.FindAllString(string(k.rec.all), -1) {
+	for _, m := range nonceText(k.rec.all) {
 		mine := false
 		for _, o := range own {
 			mine = mine || o == m

@@ -164,6 +164,9 @@ func (e *Engine) takeClient(r splice.Ref, c *splice.Client) {
 	side := c.Side != 0
 	if side {
 		whole = e.restore(c)
+		if c.Side != 0 {
+			e.charge(c, e.sides.at(c.Side))
+		}
 	}
 	ok := true
 	switch c.State {
