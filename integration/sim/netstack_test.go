@@ -82,6 +82,7 @@ type router struct {
 	wake    *notice
 	start   time.Time
 	packets int
+	spoil   func(p *packet.TCP) // a negative control tampers with what leaves
 }
 
 func (r *router) run(ctx context.Context) {
@@ -134,6 +135,9 @@ func (r *router) step(now int64, b []byte) {
 func (r *router) deliver(ev *engine.Event) {
 	send := func(b []byte) {
 		p, _ := packet.ParseTCP(b)
+		if r.spoil != nil {
+			r.spoil(&p)
+		}
 		if m := r.hosts[p.Dst().Addr]; m != nil && r.rnd.Float64() >= r.loss {
 			m.inject(b)
 		}
@@ -148,89 +152,117 @@ func (r *router) deliver(ev *engine.Event) {
 
 // TestNetstackExchanges: net/http on netstack at both ends, a TCP and an HTTP
 // that are nobody's model, with and without loss. Netstack's goroutines make it
-// real time, so it is a small number.
+// real time, so it is a small number. The control: a response of which one byte
+// is changed, with a right checksum, is found out.
 func TestNetstackExchanges(t *testing.T) {
 	seed := seedOf(t)
 	for _, loss := range []float64{0, 0.01} {
-		r := &router{
-			h: newHands(), hosts: map[packet.Addr]*machine{}, loss: loss, rnd: rand.New(rand.NewPCG(seed, 1)),
-			wake: &notice{make(chan struct{}, 1)}, start: time.Now(),
+		for _, trouble := range netstackExchanges(t, seed, loss, nil) {
+			t.Error(trouble)
 		}
-		client, server := newMachine(t, clientAddr(false, 0)), newMachine(t, serverAddr(false, 0).Addr())
-		for a, m := range map[netip.Addr]*machine{clientAddr(false, 0): client, serverAddr(false, 0).Addr(): server} {
-			r.hosts[packet.AddrFrom(a)] = m
-			m.link.AddNotify(r.wake)
-		}
-		ctx, stop := context.WithCancel(context.Background())
-		var router sync.WaitGroup
-		router.Go(func() { r.run(ctx) })
-
-		l, err := gonet.ListenTCP(server.stack, tcpip.FullAddress{NIC: 1, Port: 80}, ipv4.ProtocolNumber)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var mu sync.Mutex
-		seen := map[string]int{}
-		web := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
-			nonce := q.Header.Get("X-Nonce")
-			mu.Lock()
-			seen[nonce]++
-			mu.Unlock()
-			w.Header().Set("X-Nonce", nonce)
-			body, _ := io.ReadAll(q.Body)
-			fmt.Fprintf(w, "%s %d ", nonce, len(body))
-			w.Write(bytes.Repeat([]byte(nonce), int(nonce[0])*8))
-			w.Write(body)
-		})}
-		go web.Serve(l)
-
-		transport := &http.Transport{MaxIdleConnsPerHost: 4, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return gonet.DialContextTCP(ctx, client.stack, tcpip.FullAddress{NIC: 1, Addr: tcpip.AddrFrom4(vip4.Addr().As4()), Port: vip4.Port()}, ipv4.ProtocolNumber)
-		}}
-		browser := &http.Client{Transport: transport, Timeout: 60 * time.Second}
-		var group sync.WaitGroup
-		for k := range 8 {
-			rnd := rand.New(rand.NewPCG(seed, uint64(k)+10))
-			group.Go(func() {
-				for range 15 {
-					nonce := newNonce(rnd).String()
-					method, body := http.MethodGet, []byte(nil)
-					if rnd.IntN(2) == 0 {
-						method, body = http.MethodPost, bytes.Repeat([]byte("b"), rnd.IntN(30_000))
-					}
-					q, _ := http.NewRequest(method, "http://weir.example/", bytes.NewReader(body))
-					q.Header.Set("X-Nonce", nonce)
-					q.Close = rnd.IntN(5) == 0
-					resp, err := browser.Do(q)
-					if err != nil {
-						t.Errorf("loss %v, %s: %v", loss, method, err)
-						return
-					}
-					got, err := io.ReadAll(resp.Body)
-					resp.Body.Close()
-					want := fmt.Sprintf("%s %d ", nonce, len(body)) + string(bytes.Repeat([]byte(nonce), int(nonce[0])*8)) + string(body)
-					if err != nil || string(got) != want || resp.Header.Get("X-Nonce") != nonce {
-						t.Errorf("loss %v, %s: status %d, %d bytes, want %d, %v", loss, method, resp.StatusCode, len(got), len(want), err)
-						return
-					}
-				}
-			})
-		}
-		group.Wait()
-		transport.CloseIdleConnections()
-		web.Close()
-		stop()
-		router.Wait()
-		for _, m := range r.hosts {
-			m.stack.Close()
-		}
-		mu.Lock()
-		for n, k := range seen {
-			if k != 1 {
-				t.Errorf("request %s was executed %d times", n, k)
+	}
+	n := 0
+	spoilt := netstackExchanges(t, seed, 0, func(p *packet.TCP) {
+		if b := p.Payload(); p.Src() == packet.EndpointFrom(vip4) && len(b) > 200 {
+			if n++; n == 20 {
+				b[len(b)-1] ^= 1
+				p.FillChecksum()
 			}
 		}
-		t.Logf("loss %v: %d exchanges, %d packets", loss, len(seen), r.packets)
-		mu.Unlock()
+	})
+	if len(spoilt) == 0 {
+		t.Error("a changed byte is not found")
 	}
+}
+
+// netstackExchanges makes some exchanges and returns what went wrong.
+func netstackExchanges(t *testing.T, seed uint64, loss float64, spoil func(*packet.TCP)) (trouble []string) {
+	t.Helper()
+	var lock sync.Mutex
+	wrong := func(format string, args ...any) {
+		lock.Lock()
+		defer lock.Unlock()
+		trouble = append(trouble, fmt.Sprintf(format, args...))
+	}
+	r := &router{
+		h: newHands(), hosts: map[packet.Addr]*machine{}, loss: loss, rnd: rand.New(rand.NewPCG(seed, 1)),
+		wake: &notice{make(chan struct{}, 1)}, start: time.Now(), spoil: spoil,
+	}
+	client, server := newMachine(t, clientAddr(false, 0)), newMachine(t, serverAddr(false, 0).Addr())
+	for a, m := range map[netip.Addr]*machine{clientAddr(false, 0): client, serverAddr(false, 0).Addr(): server} {
+		r.hosts[packet.AddrFrom(a)] = m
+		m.link.AddNotify(r.wake)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	var router sync.WaitGroup
+	router.Go(func() { r.run(ctx) })
+
+	l, err := gonet.ListenTCP(server.stack, tcpip.FullAddress{NIC: 1, Port: 80}, ipv4.ProtocolNumber)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var mu sync.Mutex
+	seen := map[string]int{}
+	web := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		nonce := q.Header.Get("X-Nonce")
+		mu.Lock()
+		seen[nonce]++
+		mu.Unlock()
+		w.Header().Set("X-Nonce", nonce)
+		body, _ := io.ReadAll(q.Body)
+		fmt.Fprintf(w, "%s %d ", nonce, len(body))
+		w.Write(bytes.Repeat([]byte(nonce), int(nonce[0])*8))
+		w.Write(body)
+	})}
+	go web.Serve(l)
+
+	transport := &http.Transport{MaxIdleConnsPerHost: 4, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return gonet.DialContextTCP(ctx, client.stack, tcpip.FullAddress{NIC: 1, Addr: tcpip.AddrFrom4(vip4.Addr().As4()), Port: vip4.Port()}, ipv4.ProtocolNumber)
+	}}
+	browser := &http.Client{Transport: transport, Timeout: 60 * time.Second}
+	var group sync.WaitGroup
+	for k := range 8 {
+		rnd := rand.New(rand.NewPCG(seed, uint64(k)+10))
+		group.Go(func() {
+			for range 15 {
+				nonce := newNonce(rnd).String()
+				method, body := http.MethodGet, []byte(nil)
+				if rnd.IntN(2) == 0 {
+					method, body = http.MethodPost, bytes.Repeat([]byte("b"), rnd.IntN(30_000))
+				}
+				q, _ := http.NewRequest(method, "http://weir.example/", bytes.NewReader(body))
+				q.Header.Set("X-Nonce", nonce)
+				q.Close = rnd.IntN(5) == 0
+				resp, err := browser.Do(q)
+				if err != nil {
+					wrong("loss %v, %s: %v", loss, method, err)
+					return
+				}
+				got, err := io.ReadAll(resp.Body)
+				resp.Body.Close()
+				want := fmt.Sprintf("%s %d ", nonce, len(body)) + string(bytes.Repeat([]byte(nonce), int(nonce[0])*8)) + string(body)
+				if err != nil || string(got) != want || resp.Header.Get("X-Nonce") != nonce {
+					wrong("loss %v, %s: status %d, %d bytes, want %d, %v", loss, method, resp.StatusCode, len(got), len(want), err)
+					return
+				}
+			}
+		})
+	}
+	group.Wait()
+	transport.CloseIdleConnections()
+	web.Close()
+	stop()
+	router.Wait()
+	for _, m := range r.hosts {
+		m.stack.Close()
+	}
+	mu.Lock()
+	for n, k := range seen {
+		if k != 1 {
+			wrong("request %s was executed %d times", n, k)
+		}
+	}
+	t.Logf("loss %v: %d exchanges, %d packets", loss, len(seen), r.packets)
+	mu.Unlock()
+	return trouble
 }

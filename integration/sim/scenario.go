@@ -187,6 +187,7 @@ const (
 	partBytes
 	partWorld
 	partNemesis
+	partMTU
 )
 
 // Random draws a scenario.
@@ -236,7 +237,25 @@ func Random(seed uint64) *Scenario {
 	if trouble > 0 {
 		s.Bound = 240 * second
 	}
+	if seed%11 == 4 {
+		randomMTU(s, stream(seed, partMTU, 0))
+	}
 	return s
+}
+
+// randomMTU makes some wires narrow, at once or in the middle of it all. Which
+// seeds have that is no draw, so that the others keep their meaning.
+func randomMTU(s *Scenario, r *rand.Rand) {
+	least := 576
+	if s.V6 {
+		least = 1280
+	}
+	for d := range s.Wires {
+		if r.IntN(2) == 0 {
+			s.Wires[d].MTU = least + r.IntN(1440-least)
+			s.Wires[d].Narrows = r.Int64N(3 * second)
+		}
+	}
 }
 
 func taken(conns []ConnPlan, after int) bool {

@@ -39,6 +39,8 @@ type Wire struct {
 	JoinWait  int64   // how long the first of them waits
 	Whole     bool    // super-packets stay whole
 	Partial   float64 // the checksum is left to the receiver, as on a virtual link
+	MTU       int     // bytes of an IP packet; larger ones are answered by ICMP; 0: none
+	Narrows   int64   // when, from the start, the MTU begins to count
 }
 
 // parcel is a packet on its way.
@@ -117,6 +119,10 @@ func (x *wire) one(p *parcel) {
 
 func (x *wire) whole(p *parcel) {
 	s := &x.spec
+	if s.MTU > 0 && x.narrow(p) {
+		x.tooBig(p)
+		return
+	}
 	if tamper := x.w.lose; tamper != nil && tamper(x.dir, p.b) || s.Loss > 0 && x.rnd.Float64() < s.Loss {
 		x.lost++
 		x.w.noteParcel(noteLost, x.dir, p)

@@ -78,6 +78,8 @@ type Hooks struct {
 	// Renew says when the engine is to be replaced by a new one: an engine
 	// that forgets everything.
 	Renew func(w *World) bool
+	// NoICMP has the wires swallow what does not fit without a word.
+	NoICMP bool
 	// Built may look at the world before it starts.
 	Built func(w *World)
 }
@@ -445,7 +447,11 @@ func (w *World) emitAll(ev *engine.Event, mss int) {
 func (w *World) collect(ev *engine.Event, mss int) {
 	w.let = w.let[:0]
 	for i := range w.out.Len() {
-		w.let = append(w.let, parcel{b: append([]byte(nil), w.out.Packet(i)...)})
+		if b := w.out.Packet(i); isICMP(b) {
+			w.icmpOut(b)
+		} else {
+			w.let = append(w.let, parcel{b: append([]byte(nil), b...)})
+		}
 	}
 	if ev != nil && ev.Kind == engine.Packet {
 		switch ev.Verdict {

@@ -98,7 +98,13 @@ func (e *Engine) fromClient(key *packet.Tuple, p *packet.TCP, ev *Event) {
 // its tombstone.
 func (e *Engine) reincarnated(key *packet.Tuple, c *splice.Client, p *packet.TCP) bool {
 	isn, iss := p.Seq().Sub(1), p.Ack().Sub(1)
-	return isn != c.IRS && iss != c.ISS && e.fresh(key, isn, iss) && e.tombs.Match(key, isn, iss, e.seconds()) == nil
+	if isn == c.IRS || iss == c.ISS || !e.fresh(key, isn, iss) || e.tombs.Match(key, isn, iss, e.seconds()) != nil {
+		return false
+	}
+	// One before that never asked for anything has no tombstone. Where it is
+	// still known when the SYNs were answered, the later one counts.
+	its, ours := e.opt.Handshake.RTT(key, isn, e.now), e.opt.Handshake.RTT(key, c.IRS, e.now)
+	return its == 0 || ours == 0 || its <= ours
 }
 
 // nearby is how far from the present place a segment's numbers may lie without

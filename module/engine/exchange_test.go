@@ -413,6 +413,29 @@ func TestStaleIncarnations(t *testing.T) {
 	g.idle(1)
 }
 
+// TestLateFirstSegment: a connection that ended before its first segment
+// arrived has left no tombstone. When that segment comes after all, while
+// another connection uses the port, it does not take its place.
+func TestLateFirstSegment(t *testing.T) {
+	g := newRig(t, oneServer)
+	g.iss = []packet.Seq{1999, 7999}
+	old, oldAck := g.open(c1, 100, 9000)
+	g.now += millisecond
+	g.client(c1, seg{fl: rst | ack, seq: old + 50, ack: oldAck}) // behind what was lost
+	g.now += millisecond
+	seq, a := g.open(c1, 5_000_000, 70_000)
+	g.now += millisecond
+	g.expect("request", g.client(c1, seg{fl: ack | psh, seq: seq, ack: a, data: get("/", 50)}), "S1 SYN:1999,0(0)")
+	g.now += millisecond
+	for _, line := range g.client(c1, seg{fl: ack | psh, seq: old, ack: oldAck, data: get("/", 50)}) {
+		if strings.HasPrefix(line, "S1") || strings.Contains(line, "RST") {
+			t.Errorf("the late segment leads to %q", line)
+		}
+	}
+	g.expect("dispatch", g.server(s1, 10240, seg{fl: syn | ack, seq: 499, ack: 2000, opts: sackPermitted}), "S1 ACK:2000,500(0)", "S1 GET:2000,500(50)")
+	g.client(c1, seg{fl: rst, seq: seq + 50})
+}
+
 // TestBadChecksum: INV-6. Nothing happens on a segment that nobody verified.
 func TestBadChecksum(t *testing.T) {
 	g := newRig(t, oneServer)

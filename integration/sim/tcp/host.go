@@ -136,3 +136,28 @@ func (h *Host) scratch(n int) []byte {
 	}
 	return h.buf[:n]
 }
+
+// TooBig takes an ICMP error that says that a segment of a connection's, which
+// began with the sequence number seq, did not fit into an MTU. It counts only
+// if that segment can be under way (RFC 5927 section 4.1).
+func (h *Host) TooBig(local, remote packet.Endpoint, seq uint32, mtu int, v6 bool) {
+	c := h.Conn(local, remote)
+	if c == nil || c.st == SynSent || c.st == SynRcvd || c.st == TimeWait {
+		return
+	}
+	mss := mtu - 40
+	if v6 {
+		mss = mtu - 60
+	}
+	if pos := at(seq, c.iss, c.una); pos < int64(c.una) || pos >= int64(c.top) || mss >= c.mss || mss < 64 {
+		return
+	}
+	// Everything under way is sent again in smaller pieces (RFC 1191 section
+	// 6.4; Linux: tcp_simple_retransmit).
+	c.mss = mss
+	c.recovery, c.dups, c.again = false, 0, 0
+	c.recover = c.top
+	c.nxt = c.una
+	c.timed = 0
+	c.flush()
+}
