@@ -408,3 +408,36 @@ func hugeControl(t *testing.T, after uint64) {
 		t.Errorf("off by one after %d bytes, and the observer finds %v", after, r.Violation)
 	}
 }
+
+// TestTenPorts: the engine has ten source ports toward servers that close after
+// each request, so every port is used again and again, over wires that bring
+// segments of the connections before late.
+func TestTenPorts(t *testing.T) {
+	const runs, requests = 30, 40
+	sum := runAll(t, upTo(runs), func(i int) (*Scenario, Hooks) {
+		s := Base(uint64(i))
+		s.Ports, s.Bound = 10, 120*second
+		s.Servers = s.Servers[:1]
+		s.Servers[0].MaxReq = 1
+		if i%2 == 1 {
+			hard(s, 0.01)
+			for d := range s.Wires {
+				s.Wires[d].Late = 900 * millisecond
+			}
+		}
+		for k := range requests {
+			q := get(500)
+			if k%2 == 0 {
+				q = post(500, 100)
+			}
+			c := plainConn(q)
+			c.Host, c.Opt.ISS, c.Start = k%4, uint32(k)*99_991, int64(k)*150*millisecond
+			s.Conns = append(s.Conns, c)
+		}
+		return s, Hooks{}
+	})
+	t.Logf("%d answered by a server, %d by the engine", sum.Exchanges, sum.Owned)
+	if sum.Exchanges != runs*requests && !t.Failed() {
+		t.Errorf("%d of %d requests were answered by a server", sum.Exchanges, runs*requests)
+	}
+}
