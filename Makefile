@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 
 # All of these may be given on the command line: make test WEIR_REQUIRE=netns
-export WEIR_GO WEIR_REQUIRE WEIR_SEED WEIR_SOAK
+export WEIR_GO WEIR_REQUIRE WEIR_SEED WEIR_SOAK WEIR_FRESH
 
 GO := internal/build/go.sh
 AS_BUILDER := $(GO) --as-builder
