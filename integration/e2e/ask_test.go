@@ -366,3 +366,108 @@ func TestPluginsRun(t *testing.T) {
 		t.Errorf("exit code %d:\n%s", code, out)
 	}
 }
+
+// TestFirstSnapshot: a farm takes no connections before each of its policies has
+// spoken, or the start timeout of the one that does not is over.
+func TestFirstSnapshot(t *testing.T) {
+	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 1, NoIPv6: true})
+	r.farmhands(10)
+	// The plugin comes up when this file says so; until then it is started again
+	// and again.
+	mode := filepath.Join(t.TempDir(), "mode")
+	for d := filepath.Dir(mode); d != os.TempDir() && d != "/"; d = filepath.Dir(d) {
+		if err := os.Chmod(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	turn := func(to string) {
+		t.Helper()
+		if err := os.WriteFile(mode, []byte(to), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dial := func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		defer cancel()
+		c, err := r.Clients[0].Dial(ctx, "tcp", r.VIP().String())
+		if err == nil {
+			c.Close()
+		}
+		return err == nil
+	}
+	options := func(timeout string) lab.ConfigOptions {
+		return lab.ConfigOptions{
+			Policies: "[late]",
+			Plugins:  fmt.Sprintf("[{name: late, command: [%q, %q], start_timeout: %s, restart: {min: 50ms, max: 50ms, limit: 0}}]", oddPlugin(t), mode, timeout),
+		}
+	}
+	// Without its policies it serves, but is not well: status says so.
+	begin := func(timeout string) *lab.Weir {
+		t.Helper()
+		w, err := lab.NewWeir(r.Router, r.options(options(timeout)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		until(t, 20*time.Second, "an instance that serves", func() bool { return strings.Contains(w.Log(), "msg=serving") })
+		return w
+	}
+	turn("exit")
+	w := begin("5m")
+	for range 3 {
+		if dial() {
+			t.Fatal("a connection before the policy has spoken")
+		}
+	}
+	turn("well")
+	until(t, 20*time.Second, "a connection after the first snapshot", dial)
+	r.stop(w)
+
+	turn("exit")
+	w = begin("1s")
+	until(t, 20*time.Second, "a connection after the start timeout", dial)
+	if !strings.Contains(w.Log(), "the farm takes connections without it") {
+		t.Error("the log does not tell that a policy is missing")
+	}
+	r.stop(w)
+}
+
+// TestExplainOffline: the files alone are enough to say how a request would be
+// decided, without privileges and without an instance.
+func TestExplainOffline(t *testing.T) {
+	binary(t)
+	file := filepath.Join(t.TempDir(), "weir.yaml")
+	err := os.WriteFile(file, []byte(`source: {addresses: [198.51.100.1]}
+farms:
+  - name: web
+    listen: 203.0.113.10:80
+    servers: [{name: s1, address: "198.51.100.11:80"}, {name: s2, address: "198.51.100.12:80"}]
+    policies:
+      - use: path
+        config:
+          routes: [{prefix: /sales/, servers: [s1]}, {prefix: /, headers: {X-Tenant: blue}, servers: [s2]}, {prefix: /private/, reject: 403}]
+          affinity: {client: {ipv4: 24}, table: {198.18.7.0: s2}}
+`), 0o644)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		args string
+		want []string
+	}{
+		{"GET http://203.0.113.10/sales/x", []string{"route /sales/: servers s1", "server s1"}},
+		{"-H X-Tenant:blue GET http://203.0.113.10/x", []string{"x-tenant=blue", "server s2"}},
+		{"GET http://203.0.113.10/private/x", []string{"403"}},
+		{"GET http://203.0.113.10/x", []string{"404"}},
+		{"--client 198.18.7.9 -H X-Tenant:blue GET http://203.0.113.10/x", []string{"affinity", "server s2"}},
+	} {
+		code, out := runWeir(t, append([]string{"policy", "explain", "--config", file}, strings.Fields(c.args)...)...)
+		if code != 0 {
+			t.Errorf("%s: exit code %d:\n%s", c.args, code, out)
+		}
+		for _, w := range c.want {
+			if !strings.Contains(out, w) {
+				t.Errorf("%s: no %q in\n%s", c.args, w, out)
+			}
+		}
+	}
+}
