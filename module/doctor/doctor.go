@@ -59,6 +59,7 @@ type Host struct {
 	Trace        func(nft.Params) ([]nft.Traced, error) // sends probe packets; nil not to
 	Interfaces   func(nft.Params) ([]string, error)
 	Strict       func(dir string, ifaces ...string) ([]string, error)
+	Merging      func(ifaces ...string) ([]string, error) // those that receive by LRO
 	Forwarding   func(nft.Params, ...string) error
 	Listeners    func([]netip.AddrPort) error
 	Ports        func(first, last uint16, snips ...netip.Addr) ([]uint16, error)
@@ -84,7 +85,7 @@ func This() *Host {
 			}
 			return q.Close()
 		},
-		Foreign: nft.Foreign, Interfaces: nft.Interfaces, Strict: nft.StrictInterfaces, Forwarding: nft.CheckForwarding,
+		Foreign: nft.Foreign, Interfaces: nft.Interfaces, Strict: nft.StrictInterfaces, Merging: nft.LargeReceive, Forwarding: nft.CheckForwarding,
 		Listeners: nft.CheckVIPListeners, Ports: nft.LocalPortsInRange, Queues: func(first uint16, n int) error { return nft.CheckQueues(first, n) },
 		Journal: func(dir string) ([]nft.Change, error) {
 			j, err := nft.OpenJournal(dir)
@@ -317,6 +318,14 @@ func (d *doctor) forwarding() {
 	if err != nil {
 		d.broken("forwarding", err)
 		return
+	}
+	if merging, err := d.h.Merging(ifaces...); err != nil {
+		d.broken("offload", err)
+	} else {
+		for _, name := range merging {
+			d.add("offload", Warn, name+" merges packets as it receives them (LRO)",
+				"The kernel forwards no packet that was merged so; transfers hang.", "ethtool -K "+name+" lro off")
+		}
 	}
 	err = d.h.Forwarding(d.params, ifaces...)
 	if err == nil {

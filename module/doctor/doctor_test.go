@@ -31,6 +31,7 @@ func healthy(t *testing.T) *Host {
 		Foreign:    func(nft.Params) ([]nft.Finding, error) { return nil, nil },
 		Interfaces: func(nft.Params) ([]string, error) { return []string{"lan", "dmz.5"}, nil },
 		Strict:     func(string, ...string) ([]string, error) { return nil, nil },
+		Merging:    func(...string) ([]string, error) { return nil, nil },
 		Forwarding: func(nft.Params, ...string) error { return nil },
 		Listeners:  func([]netip.AddrPort) error { return nil },
 		Ports:      func(uint16, uint16, ...netip.Addr) ([]uint16, error) { return nil, nil },
@@ -96,6 +97,8 @@ func TestSick(t *testing.T) {
 		{"queue in use", func(h *Host) {
 			h.Queues = func(uint16, int) error { return fmt.Errorf("nft: queue 22272 is bound by evil: %w", nft.ErrQueueInUse) }
 		}, "queues", Fail, "22272 is bound by evil", "queue.first"},
+		{"LRO", func(h *Host) { h.Merging = func(...string) ([]string, error) { return []string{"lan"}, nil } },
+			"offload", Warn, "lan merges", "ethtool -K lan lro off"},
 		{"no forwarding", func(h *Host) {
 			h.Forwarding = func(nft.Params, ...string) error { return nft.ForwardingError(true, false) }
 		}, "forwarding", Fail, "forwarding is off", "sysctl -w net.ipv4.ip_forward=1"},
