@@ -79,6 +79,9 @@ type rig struct {
 	run    string // its run-time directory
 	before state  // the router's, before weir was started
 	w      *lab.Weir
+
+	servers []*lab.Server
+	posts   posts // of the load
 }
 
 // newRig builds the standard topology, with servers that answer with their
@@ -102,10 +105,13 @@ func newRig(t *testing.T, o lab.FarmOptions) *rig {
 	r.run, err = l.Subdir("weir/run")
 	r.must(err)
 	for i, h := range r.Servers {
-		_, err := lab.HTTPServer(h, r.Server(i).String(), http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
-			fmt.Fprintf(w, "%s has %s", h.Name(), q.URL.Path)
+		s, err := lab.HTTPServer(h, r.Server(i).String(), http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+			if !r.posts.serve(w, q) {
+				fmt.Fprintf(w, "%s has %s", h.Name(), q.URL.Path)
+			}
 		}))
 		r.must(err)
+		r.servers = append(r.servers, s)
 	}
 	r.before = r.state()
 	return r
@@ -244,6 +250,14 @@ func (r *rig) queues() []divert.KernelStats {
 		return err
 	}))
 	return all
+}
+
+// each looks at every queue.
+func (r *rig) each(f func(divert.KernelStats)) {
+	r.t.Helper()
+	for _, q := range r.queues() {
+		f(q)
+	}
 }
 
 // noDrops: no packet has been dropped by a full queue or a full buffer.
