@@ -145,3 +145,34 @@ func TestFarBehind(t *testing.T) {
 	}
 	g.client(c1, seg{fl: rst, seq: seq + n + size})
 }
+
+// TestErrorAboutOldSegment: the server has a segment, its acknowledgment was
+// lost, and the path became narrow. The error about the repetition counts, or
+// it would be swallowed for ever; one about any other old number does not.
+func TestErrorAboutOldSegment(t *testing.T) {
+	g := newRig(t, oneServer, keepIdle)
+	g.iss = []packet.Seq{1999}
+	seq, a := g.open(c1, 100, 9000)
+	head := "POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 3000\r\n\r\n"
+	n := packet.Seq(len(head))
+	g.client(c1, seg{fl: ack | psh, seq: seq, ack: a, data: head})
+	g.server(s1, 10240, seg{fl: syn | ack, seq: 499, ack: 2000, opts: sackPermitted})
+	g.server(s1, 10240, seg{fl: ack, seq: 500, ack: 2000 + n})
+	piece := strings.Repeat("b", 1300)
+	g.client(c1, seg{fl: ack | psh, seq: seq + n, ack: a, data: piece})
+	g.server(s1, 10240, seg{fl: ack, seq: 500, ack: 2000 + n + 1300}) // lost on its way on
+	tell := func(at packet.Seq) {
+		t.Helper()
+		about := g.raw(ep2(10240), s1, seg{fl: ack, seq: at, ack: 500, data: piece})
+		g.out.Reset()
+		ev := Event{Kind: ICMP, Data: icmpTooBig(snip, about, 1000)}
+		g.e.Step(g.now, &ev, &g.out)
+	}
+	again := seg{fl: ack | psh, seq: seq + n, ack: a, data: piece}
+	g.expect("repeated", g.client(c1, again), "S1 DATA:2051,500(1300)")
+	tell(2000 + n - 10)
+	g.expect("another old number", g.client(c1, again), "S1 DATA:2051,500(1300)")
+	tell(2000 + n)
+	g.expect("its own number", g.client(c1, again), "S1 DATA:2051,500(960)", "S1 DATA:3011,500(340)")
+	g.client(c1, seg{fl: rst, seq: seq + n + 1300})
+}

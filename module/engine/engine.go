@@ -167,6 +167,7 @@ type Engine struct {
 	now     int64
 	out     *Output
 	rnd     uint64
+	lastOld [2]oldSegment
 	owed    splice.Ref // a server connection to which an ACK is owed at the end of this step
 	wakes   []uint16   // farms whose waiting line may move
 	scratch snapshot.Scratch

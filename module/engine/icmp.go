@@ -15,6 +15,21 @@ const (
 	leastMSS6 = 1280 - 60
 )
 
+// An oldSegment is one that passed although its receiver had acknowledged it:
+// the acknowledgment was lost, and it makes the receiver repeat it. An error
+// about it counts as one about a segment under way, or a path that became
+// narrow meanwhile would swallow it for ever. The latest of each direction is
+// remembered: who sends such a segment sends it again.
+type oldSegment struct {
+	to  splice.Ref
+	seq packet.Seq
+}
+
+const (
+	toServer = iota
+	toClient
+)
+
 // icmp handles an ICMP error to a VIP or a SNIP. An error about a flow that is
 // not ours belongs to somebody else on this host and goes on unmarked.
 //
@@ -35,7 +50,7 @@ func (e *Engine) icmp(ev *Event) {
 	mtu := int(p.MTU())
 	if s := e.servers.Lookup(&back); s != 0 {
 		v := e.servers.At(s)
-		if mtu == 0 || !seq.In(v.SndUna, v.SndNxt) {
+		if mtu == 0 || !seq.In(v.SndUna, v.SndNxt) && e.lastOld[toServer] != (oldSegment{s, seq}) {
 			e.Count.add(ReasonICMPIgnored)
 			return
 		}
@@ -61,7 +76,7 @@ func (e *Engine) icmp(ev *Event) {
 	}
 	if r := e.clients.Lookup(&back); r != 0 {
 		c := e.clients.At(r)
-		if mtu == 0 || !seq.In(c.SndUna, c.SndNxt) {
+		if mtu == 0 || !seq.In(c.SndUna, c.SndNxt) && e.lastOld[toClient] != (oldSegment{r, seq}) {
 			e.Count.add(ReasonICMPIgnored)
 			return
 		}

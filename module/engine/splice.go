@@ -398,6 +398,9 @@ func (e *Engine) forwardToServer(r splice.Ref, c *splice.Client, s splice.Ref, v
 		}
 	}
 	if n := p.PayloadLen(); n > 0 {
+		if w.Seq.Less(v.SndUna) {
+			e.lastOld[toServer] = oldSegment{s, w.Seq}
+		}
 		e.sent(v, w.Seq.Add(packet.Size(n)))
 	}
 	offer(v, w.Ack, w.Window)
@@ -775,6 +778,9 @@ func (e *Engine) forwardToClient(r splice.Ref, c *splice.Client, s splice.Ref, v
 			w.Seq = c.SndNxt
 		}
 	} else {
+		if w.Seq.Less(c.SndUna) {
+			e.lastOld[toClient] = oldSegment{r, w.Seq}
+		}
 		c.SndNxt = packet.MaxSeq(c.SndNxt, c.Epoch.SeqToClient(end))
 	}
 	if cut || len(b) > int(c.MSS) && (!ev.GSO || c.MSS < pool.Class(v.Class).MSS()) {
