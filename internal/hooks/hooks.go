@@ -128,7 +128,7 @@ func cleanup(_ context.Context, cfg *config.Config, out io.Writer) error {
 		}
 	}
 	errs = append(errs, err)
-	for _, name := range []string{"plugins"} {
+	for _, name := range []string{"plugins", "flows"} {
 		path := filepath.Join(cfg.RuntimeDir, name)
 		if _, err := os.Lstat(path); err == nil {
 			if err := os.RemoveAll(path); err != nil {

@@ -74,8 +74,12 @@ echo "is upgraded while it runs"
 if inside weir cleanup 2>"$dir/said"; then fail "a running instance was cleaned away"; fi
 grep -q 'stop it first' "$dir/said" || fail "weir cleanup says: $(cat "$dir/said")"
 
-# The plugins go with their instance.
-kill -KILL "$first"
+# All its processes at once; the plugins go with them.
+victims=()
+for p in "$root"/proc/[0-9]*; do
+  if [ "$(cat "$p/comm" 2>/dev/null)" = weir ]; then victims+=("${p##*/}"); fi
+done
+kill -KILL "${victims[@]}"
 wait || true
 inside nft list tables | grep -q 'inet weir' && echo "killed: the rules stand"
 
