@@ -61,6 +61,7 @@ bench: build ## the comparisons
 	build/bench $(BENCH)
 	$(GO) build -C integration/bench/scanners -trimpath -o $(CURDIR)/build/scanners .
 	build/scanners $(SCANNERS)
+	$(GO) test -run '^$$' -bench Choose -benchtime 200ms ./policies/snapshot
 
 # Seconds that all fuzz targets share.
 FUZZ ?= 60
