@@ -34,7 +34,11 @@ func main() {
 		err = runLoad(os.Args[2:], os.Stdout)
 	} else {
 		ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
-		err = run(ctx, os.Args[1:], os.Stdout)
+		if len(os.Args) > 1 && os.Args[1] == "loss" {
+			err = runLoss(ctx, os.Args[2:], os.Stdout)
+		} else {
+			err = run(ctx, os.Args[1:], os.Stdout)
+		}
 		stop()
 	}
 	if errors.Is(err, flag.ErrHelp) {
