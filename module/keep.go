@@ -3,6 +3,7 @@
 package module
 
 import (
+	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -90,7 +91,7 @@ func (m *Module) recall(give *undo) error {
 		return m.forget(err.Error())
 	}
 	var old kept
-	if err := json.Unmarshal(b, &old); err != nil {
+	if err := unseal(b, &old); err != nil {
 		return m.forget("the file \"instance\" is damaged: " + err.Error())
 	}
 	secret, err := hex.DecodeString(old.Secret)
@@ -160,11 +161,44 @@ func (m *Module) remember(db *farm.DB) error {
 	k.Lock()
 	defer k.Unlock()
 	k.state.Numbers = db.Numbers()
-	b, err := json.Marshal(&k.state)
+	b, err := seal(&k.state)
 	if err != nil {
 		return err
 	}
 	return replaceFile(filepath.Join(k.dir, "instance"), b)
+}
+
+// sealed is how the small files are written: a changed digit would still be
+// JSON, and connections would go on to another server.
+type sealed struct {
+	Sum   string          `json:"sum"` // SHA-256 of what follows, in hexadecimal
+	State json.RawMessage `json:"state"`
+}
+
+var errSum = errors.New("its checksum is wrong")
+
+func seal(v any) ([]byte, error) {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(sealed{sum(b), b})
+}
+
+func unseal(b []byte, v any) error {
+	var s sealed
+	if err := json.Unmarshal(b, &s); err != nil {
+		return err
+	}
+	if s.Sum != sum(s.State) {
+		return errSum
+	}
+	return json.Unmarshal(s.State, v)
+}
+
+func sum(b []byte) string {
+	h := sha256.Sum256(b)
+	return hex.EncodeToString(h[:])
 }
 
 // replaceFile writes a file so that a reader finds the old or the new one.
@@ -318,7 +352,7 @@ func (m *Module) keepSnapshot(farmName, plugin string, s *snapshot.Snapshot) {
 		return
 	}
 	k.written[key] = s
-	b, err := json.Marshal(keptSnapshot{farmName, plugin, s})
+	b, err := seal(keptSnapshot{farmName, plugin, s})
 	if err == nil {
 		err = replaceFile(k.snapshotFile(key), b)
 	}
@@ -348,9 +382,10 @@ func (m *Module) recallSnapshots() {
 		var x keptSnapshot
 		b, err := os.ReadFile(p)
 		if err == nil {
-			err = json.Unmarshal(b, &x)
+			err = unseal(b, &x)
 		}
 		if err != nil || x.Snapshot == nil {
+			m.log.Warn("a policy's snapshot of a predecessor is damaged; its plugin makes another", "file", p, "error", err)
 			_ = os.Remove(p)
 			continue
 		}

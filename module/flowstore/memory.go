@@ -170,11 +170,13 @@ func (h *memoryHead) check(size int64, record uint32, boot [40]byte) error {
 	case h.n > maxSections:
 		return fmt.Errorf("%w: %d sections", ErrRefused, h.n)
 	}
+	start := int64(page)
 	for i := range h.n {
 		s := &h.sections[i]
-		if s.start < page || s.size < 0 || s.ready < 0 || s.ready > s.size || s.start+s.size > size {
-			return fmt.Errorf("%w: section %d lies outside its %d bytes", ErrRefused, i, size)
+		if s.start != start || s.size < 0 || s.size > size-start || s.ready < 0 || s.ready > s.size {
+			return fmt.Errorf("%w: section %d does not follow on the one before, or lies outside its %d bytes", ErrRefused, i, size)
 		}
+		start += s.size
 	}
 	return nil
 }
