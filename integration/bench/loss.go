@@ -22,15 +22,18 @@ import (
 
 // runLoss compares bulk downloads through a link that loses packets: directly
 // from the server, and through Weir, by the same client over the same link, in
-// turns.
+// turns. By default the server's congestion control reacts to loss alone. BBR
+// also keeps the shortest round trip of ten seconds, and on a spliced connection
+// that is the handshake's, which the engine answered from near by.
 func runLoss(ctx context.Context, args []string, w io.Writer) (err error) {
 	fs := flag.NewFlagSet("bench loss", flag.ContinueOnError)
 	fs.SetOutput(w)
 	weir := fs.String("weir", "bin/weir", "the weir executable")
 	rounds := fs.Int("rounds", 4, "how often both are measured")
 	measure := fs.Duration("measure", 4*time.Second, "time of one measurement")
-	delay := fs.Duration("delay", 2*time.Millisecond, "delay of the link, each way")
-	connections := fs.Int("connections", 4, "downloads at once")
+	delay := fs.Duration("delay", 5*time.Millisecond, "delay of the link, each way")
+	connections := fs.Int("connections", 8, "downloads at once")
+	congestion := fs.String("congestion", "reno", "the server's congestion control; empty: this machine's own")
 	seed := fs.Uint64("seed", 1, "what is lost follows from it, packet by packet")
 	if err := fs.Parse(args); err != nil {
 		return err
@@ -62,6 +65,11 @@ func runLoss(ctx context.Context, args []string, w io.Writer) (err error) {
 	if err := os.WriteFile(filepath.Join(root, "bulk"), make([]byte, 64<<20), 0o644); err != nil {
 		return err
 	}
+	if *congestion != "" {
+		if err := f.Servers[0].SetSysctl("net/ipv4/tcp_congestion_control", *congestion); err != nil {
+			return err
+		}
+	}
 	if _, err := lab.Nginx(f.Servers[0], lab.NginxOptions{Addrs: []netip.AddrPort{f.Server(0)}, Root: root, NoAccessLog: true}); err != nil {
 		return err
 	}
@@ -79,7 +87,8 @@ func runLoss(ctx context.Context, args []string, w io.Writer) (err error) {
 	if _, err := lab.StartWeir(start, f.Router, lab.WeirOptions{Binary: bin, Config: f.Config(c), Dir: dir, Socket: c.Socket()}); err != nil {
 		return err
 	}
-	fmt.Fprintf(w, "bulk goodput of %d downloads over a link with %s of delay each way, %d rounds of %s each\n\n", *connections, *delay, *rounds, *measure)
+	fmt.Fprintf(w, "bulk goodput of %d downloads over a link with %s of delay each way, %d rounds of %s each, congestion control %s\n\n",
+		*connections, *delay, *rounds, *measure, *congestion)
 	fmt.Fprintln(w, "| loss, both ways | direct, MB/s | spliced, MB/s | ratio |")
 	fmt.Fprintln(w, "| --- | --- | --- | --- |")
 	for _, loss := range []float64{0.01, 0.03} {
