@@ -17,15 +17,21 @@ import (
 type nemesis struct {
 	w     *World
 	rnd   *rand.Rand
-	lose  int   // packets that are lost yet,
-	until int64 // if they come before
-	took  engine.Takeover
-	kills int
+	steps int
+	// points is how many instants the step of Scenario.Kill has.
+	points int
+	lose   int   // packets that are lost yet,
+	until  int64 // if they come before
+	took   engine.Takeover
+	kills  int
 	// inside counts the deaths in the middle of a step.
 	inside int
 	undone int
 	lostBy int
 }
+
+// mortal says whether the engine may die.
+func (s *Scenario) mortal() bool { return s.Kills > 0 || s.Kill.Step > 0 }
 
 // deadTime is how long nobody may be there at most.
 const deadTime = 200 * millisecond
@@ -34,7 +40,14 @@ func (n *nemesis) init(w *World) {
 	n.w, n.rnd = w, stream(w.Scenario.Seed, partNemesis, 0)
 }
 
-func (n *nemesis) strikes() bool { return n.rnd.Float64() < n.w.Scenario.Kills }
+// strikes says whether this step is the last one of the present engine.
+func (n *nemesis) strikes() bool {
+	n.steps++
+	if k := n.w.Scenario.Kill; k.Step > 0 {
+		return n.steps == k.Step
+	}
+	return n.rnd.Float64() < n.w.Scenario.Kills
+}
 
 // lost says whether a packet found nobody.
 func (n *nemesis) lost() bool {
@@ -50,7 +63,10 @@ func (n *nemesis) kill(ev *engine.Event) {
 	w := n.w
 	n.kills++
 	var image *flowstore.Memory
-	at := n.rnd.IntN(12)
+	at, lose := n.rnd.IntN(12), n.rnd.IntN(4)
+	if k := w.Scenario.Kill; k.Step > 0 {
+		at, lose = k.Point, k.Lose
+	}
 	seen := 0
 	w.eng.OnJournal(func() {
 		if seen++; seen == at {
@@ -61,6 +77,7 @@ func (n *nemesis) kill(ev *engine.Event) {
 		w.eng.Step(w.now, ev, &w.out)
 	}
 	w.eng.OnJournal(nil)
+	n.points = seen
 	switch {
 	case image != nil:
 		n.inside++
@@ -72,7 +89,7 @@ func (n *nemesis) kill(ev *engine.Event) {
 	default:
 		image = w.mem.Image()
 	}
-	n.lose, n.until = n.rnd.IntN(4), w.now+n.rnd.Int64N(deadTime)
+	n.lose, n.until = lose, w.now+n.rnd.Int64N(deadTime)
 	counters := &w.eng.Count
 	before := w.db
 	var err error
@@ -84,6 +101,7 @@ func (n *nemesis) kill(ev *engine.Event) {
 		f.Stats.Opened.Store(before.Farms[i].Stats.Opened.Load())
 		f.Stats.Reused.Store(before.Farms[i].Stats.Reused.Load())
 	}
+	w.mem.Free()
 	w.mem = image
 	w.renew()
 	for i := range counters {

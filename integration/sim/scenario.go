@@ -122,6 +122,13 @@ type ServerPlan struct {
 	Lazy       int64   // stops reading for so long, now and then
 }
 
+// Kill is one death of the engine.
+type Kill struct {
+	Step  int // in which step, from 1; 0 = none
+	Point int // 0: before it; n: before its n-th change of another record; more than there are: after it
+	Lose  int // packets that are lost afterwards
+}
+
 // Scenario is a whole run. It is plain data: what is not in it follows from
 // Seed.
 type Scenario struct {
@@ -145,6 +152,8 @@ type Scenario struct {
 	// Kills is how often the engine dies, per step; a successor goes on with
 	// what the memory holds at that instant.
 	Kills float64
+	// Kill is one death at a certain instant, beside those.
+	Kill Kill
 	// Strict forbids every reset that no plan accounts for.
 	Strict bool
 }

@@ -116,6 +116,7 @@ type World struct {
 	atEnd    func() // looks at a run that ended well
 	spec     farm.Spec
 	mem      *flowstore.Memory // what outlives the engine
+	syns     *flowstore.Memory // that of the handshakes
 	nemesis  nemesis
 }
 
@@ -183,7 +184,11 @@ func NewWorld(s *Scenario, h Hooks) *World {
 		w.wires[d] = wire{w: w, dir: Direction(d), spec: s.Wires[d], rnd: stream(s.Seed, partWire, uint64(d))}
 	}
 	w.obs.init(w)
-	w.hs = engine.NewHandshake(w.cookies(), 1400, 1380, func(ep packet.Endpoint) bool { return ep == w.vip })
+	w.hs = engine.OpenHandshake(w.cookies(), 1400, 1380, func(ep packet.Endpoint) bool { return ep == w.vip })
+	w.syns = flowstore.NewHeap()
+	if err := w.hs.Keep(w.syns); err != nil {
+		panic("sim: " + err.Error())
+	}
 	w.renew()
 	for i := range s.Servers {
 		w.servers = append(w.servers, newServer(w, i))
@@ -217,7 +222,7 @@ func (w *World) renew() {
 			return packet.Seq(s.EngineToServer[(n-1)%len(s.EngineToServer)])
 		}
 	}
-	if s.Kills == 0 {
+	if !s.mortal() {
 		w.eng = engine.New(opt, w.db)
 		return
 	}
@@ -377,7 +382,7 @@ func (w *World) toEngine(d Direction, p *parcel) {
 	if w.Hooks.Arriving != nil {
 		p.b = w.Hooks.Arriving(w, d, p.b)
 	}
-	if w.Scenario.Kills > 0 && w.nemesis.lost() {
+	if w.Scenario.mortal() && w.nemesis.lost() {
 		return // it waited for the engine that died
 	}
 	w.noteParcel(noteArrived, d, p)
@@ -412,7 +417,7 @@ func (w *World) step(ev *engine.Event, d Direction, p *parcel) {
 		w.renew()
 	}
 	w.out.Reset()
-	if w.Scenario.Kills > 0 && w.nemesis.strikes() {
+	if w.Scenario.mortal() && w.nemesis.strikes() {
 		w.nemesis.kill(ev)
 		return
 	}
@@ -593,6 +598,10 @@ func (w *World) finish() {
 			}
 		}
 	}
+	if w.mem != nil {
+		w.mem.Free()
+	}
+	w.syns.Free()
 	for i := range r.Counters {
 		r.Counters[i] = w.eng.Count.Get(engine.Reason(i))
 	}

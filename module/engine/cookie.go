@@ -184,7 +184,14 @@ type generation struct {
 
 // NewHandshake makes a handshake over cookies.
 func NewHandshake(c Cookies, mss4, mss6 uint16, known func(packet.Endpoint) bool) *Handshake {
-	h := &Handshake{Cookies: c, MSS4: mss4, MSS6: mss6, Known: known, handshakeMemory: new(handshakeMemory)}
+	h := OpenHandshake(c, mss4, mss6, known)
+	h.handshakeMemory = new(handshakeMemory)
+	return h
+}
+
+// OpenHandshake makes a handshake that works when Keep has given it memory.
+func OpenHandshake(c Cookies, mss4, mss6 uint16, known func(packet.Endpoint) bool) *Handshake {
+	h := &Handshake{Cookies: c, MSS4: mss4, MSS6: mss6, Known: known}
 	h.Strict.Store(true)
 	return h
 }

@@ -116,9 +116,9 @@ func Open(opt Options, mem *flowstore.Memory, db *farm.DB) (*Engine, error) {
 // Their address space is reserved at once, their memory as it is used.
 func mirrorsFor(clients int) int {
 	if strconv.IntSize == 32 {
-		return min(max(clients/16, 16), 1<<9)
+		return min(clients, max(clients/16, 16), 1<<9)
 	}
-	return max(clients/16, 16)
+	return min(clients, max(clients/16, 16))
 }
 
 // commit ends a step, or a part of one that may stand alone: what was decided
