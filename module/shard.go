@@ -107,6 +107,14 @@ func (s *shard) run() error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	defer close(s.ended)
+	defer func() {
+		if r := recover(); r != nil {
+			if s.store != nil {
+				s.store.MarkFailed() // the successor looks at what the step was about
+			}
+			panic(r)
+		}
+	}()
 	batch := make([]divert.Packet, batchSize)
 	db := s.m.db.Load()
 	stopping := false

@@ -99,6 +99,7 @@ const (
 	ReasonVIPGone
 	// what a dead predecessor left cannot go on
 	ReasonTakeover
+	ReasonQuarantined
 	// framing: what became of exchanges that are not plain
 	ReasonRouteUnsafe
 	ReasonForwardedFields
@@ -202,7 +203,7 @@ var reasonNames = [reasonCount]string{
 	"redispatch-proof", "redispatch-idempotent", "redispatch-connect",
 	"accepted", "retransmitted", "drained", "waited", "waiting-full", "wait-timeout", "no-port", "surge", "ask-full", "preopened",
 	"icmp-translated", "icmp-foreign", "icmp-ignored", "ack-loop", "reincarnated",
-	"killed", "vip-gone", "takeover",
+	"killed", "vip-gone", "takeover", "quarantined",
 	"route-unsafe", "forwarded-fields", "body-refused", "slow-body", "expect-held", "unasked-switch",
 	"tunnel", "tunnel-silent", "private", "private-reused", "framing-kept", "stuck-in-doubt",
 	"answer-400", "answer-404", "answer-408", "answer-414", "answer-431", "answer-501", "answer-502", "answer-503",

@@ -134,8 +134,11 @@ func (e *Engine) commit() {
 // with the memory as a death at that instant would leave it. It is for tests.
 func (e *Engine) OnJournal(f func()) { e.store.journal.Hook = f }
 
-// clientTable is the index of the clients' table in the journal.
-const clientTable = 0
+// The tables' indexes in the journal.
+const (
+	clientTable = iota
+	serverTable
+)
 
 // mirror brings the durable copy of a client's side up to date.
 func (e *Engine) mirror(table uint32, r splice.Ref) {

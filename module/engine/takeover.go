@@ -45,9 +45,25 @@ func (e *Engine) Recover(now int64) (t Takeover) {
 	}
 	e.now = now
 	e.wheel.pop(now) // the wheel must stand at now before the first timer is set
-	t.Undone = s.journal.Undo()
-	sv := e.servers.Recover(func(_ splice.Ref, k *packet.Tuple, v *splice.Server) bool { return e.soundServer(k, v) })
-	cl := e.clients.Recover(func(_ splice.Ref, k *packet.Tuple, c *splice.Client) bool { return e.soundClient(k, c) })
+	// What the last step of a predecessor was about, if it died of that.
+	suspects := map[[2]uint32]bool{}
+	var note func(uint32, splice.Ref)
+	if s.mem.Failed() {
+		note = func(table uint32, r splice.Ref) { suspects[[2]uint32{table, uint32(r)}] = true }
+	}
+	t.Undone = s.journal.Undo(note)
+	sv := e.servers.Recover(func(r splice.Ref, k *packet.Tuple, v *splice.Server) bool {
+		if suspects[[2]uint32{serverTable, uint32(r)}] {
+			e.suspect(&v.Suspect, &v.SuspectAt)
+		}
+		return e.soundServer(k, v)
+	})
+	cl := e.clients.Recover(func(r splice.Ref, k *packet.Tuple, c *splice.Client) bool {
+		if suspects[[2]uint32{clientTable, uint32(r)}] {
+			e.suspect(&c.Suspect, &c.SuspectAt)
+		}
+		return e.soundClient(k, c)
+	})
 	t.Refused = sv.Refused + cl.Refused
 	t.Embryos, t.Tombs = e.embryos.Recover(e.seconds()), e.tombs.Recover(e.seconds())
 	if t.Embryos+t.Tombs > 0 {
@@ -70,6 +86,21 @@ func (e *Engine) Recover(now int64) (t Takeover) {
 	}
 	t.Clients, t.Servers, t.Idle = e.clients.Len(), e.servers.Len(), e.idle.Len()
 	return t
+}
+
+// A connection that an engine died of this often is not taken over again: it
+// would only kill the next one. Deaths that lie further apart do not add up.
+const (
+	maxSuspect    = 2
+	suspectMemory = 60 * second
+)
+
+func (e *Engine) suspect(n *uint8, at *int64) {
+	if e.now-*at > suspectMemory {
+		*n = 0
+	}
+	*n++
+	*at = e.now
 }
 
 // ahead is how far a time may lie in the future of the clock: half a step.
@@ -168,18 +199,21 @@ func (e *Engine) takeClient(r splice.Ref, c *splice.Client) {
 			e.charge(c, e.sides.at(c.Side))
 		}
 	}
-	ok := true
+	ok := c.Suspect < maxSuspect && (c.Srv == 0 || e.servers.Peek(c.Srv).Suspect < maxSuspect)
+	if !ok {
+		e.Count.add(ReasonQuarantined)
+	}
 	switch c.State {
 	case splice.ClientHead:
 		if side && !whole {
-			ok = e.forgetHeld(c)
+			ok = e.forgetHeld(c) && ok
 		}
 	case splice.ClientBinding:
-		ok = e.takeBinding(r, c, whole)
+		ok = e.takeBinding(r, c, whole) && ok
 	case splice.ClientSpliced:
-		ok = c.Srv != 0 && e.takeSpliced(r, c, e.servers.At(c.Srv), side, whole)
+		ok = ok && c.Srv != 0 && e.takeSpliced(r, c, e.servers.At(c.Srv), side, whole)
 	case splice.ClientAnswering:
-		ok = whole
+		ok = ok && whole
 	}
 	if !ok {
 		e.store.resume = append(e.store.resume, resumption{client: r})
@@ -287,6 +321,9 @@ func (e *Engine) takeServers(t *Takeover) {
 			}
 		}
 		switch {
+		case v.Suspect >= maxSuspect && v.Cli == 0:
+			e.Count.add(ReasonQuarantined)
+			e.store.resume = append(e.store.resume, resumption{server: s})
 		case v.State == splice.ServerIdle && v.Flags&splice.ServerPrivate == 0:
 			idle = append(idle, s)
 		case v.Cli == 0 && (v.State == splice.ServerActive || v.State == splice.ServerIdle):

@@ -125,7 +125,9 @@ func (j *Journal) seal(e [2]uint32, f func(uint32, Ref)) {
 
 // Undo puts back what an unfinished step of a predecessor changed, before the
 // tables recover. It reports how many records that were.
-func (j *Journal) Undo() int {
+//
+// f, if it is not nil, is told of each.
+func (j *Journal) Undo(f func(table uint32, r Ref)) int {
 	n := j.n.Load()
 	if n > j.cap {
 		n = 0 // not written by us
@@ -135,6 +137,9 @@ func (j *Journal) Undo() int {
 		e := *(*[2]uint32)(unsafe.Pointer(&b[0]))
 		if int(e[0]) < len(j.tables) {
 			j.tables[e[0]].restore(b[entryHead:], Ref(e[1]))
+			if f != nil {
+				f(e[0], Ref(e[1]))
+			}
 		}
 	}
 	j.n.Store(0)

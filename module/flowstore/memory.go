@@ -53,6 +53,7 @@ type memoryHead struct {
 	clock    int64 // see SetClock
 	boot     [40]byte
 	complete atomic.Uint32 // the sections are made
+	failed   atomic.Uint32 // see MarkFailed
 	n        uint32
 	sections [maxSections]sectionHead
 }
@@ -89,6 +90,7 @@ func NewHeap() *Memory {
 // a step: what a successor would find if the process died now. It is for tests.
 func (m *Memory) Image() *Memory {
 	c := &Memory{head: &memoryHead{seed: m.head.seed, clock: m.head.clock}, found: true}
+	c.head.failed.Store(m.head.failed.Load())
 	for _, s := range m.sections {
 		b := clean(len(s.b))
 		n := s.ready
@@ -231,6 +233,13 @@ func (m *Memory) Complete() { m.head.complete.Store(1) }
 // last. It may be called from any goroutine; one that was stopped and replaced
 // finds out by it before it sends anything.
 func (m *Memory) Owned() bool { return m.head.owner.Load() == m.owner }
+
+// MarkFailed notes that the process is about to die of an error of its own, in
+// the middle of a step. It may be called from any goroutine.
+func (m *Memory) MarkFailed() { m.head.failed.Store(1) }
+
+// Failed reports whether the predecessor died so, and forgets it.
+func (m *Memory) Failed() bool { return m.head.failed.Swap(0) != 0 }
 
 // Seed is a number that stays with the file, 0 until it is set.
 func (m *Memory) Seed() uint64 { return m.head.seed }

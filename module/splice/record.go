@@ -124,7 +124,10 @@ type Client struct {
 	LastACK   int64      // last rate-limited ACK
 
 	Held, Next uint32 // lengths of the side's bytes, as of the last step; see the engine's store
-	_          [reserve]byte
+
+	Suspect   uint8 // steps about it of which an engine died
+	SuspectAt int64 // when that was the last time
+	_         [reserve]byte
 }
 
 // reserve is room for the fields of later versions, zero until then. A record
@@ -195,6 +198,9 @@ type Server struct {
 	Last      int64
 	Due       int64
 	LastACK   int64
+
+	Suspect   uint8 // as in Client
+	SuspectAt int64
 
 	_ [reserve]byte
 }
