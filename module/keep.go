@@ -14,8 +14,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/weirgate/weir/module/control"
 	"github.com/weirgate/weir/module/engine"
 	"github.com/weirgate/weir/module/farm"
@@ -60,11 +58,7 @@ const keptVersion = 1
 
 // hostTime is nanoseconds since the host's start, the same for all processes.
 func hostTime() int64 {
-	var t unix.Timespec
-	if unix.ClockGettime(unix.CLOCK_MONOTONIC, &t) != nil {
-		return 0
-	}
-	return t.Nano()
+	return flowstore.HostTime()
 }
 
 func hostLife() string {
