@@ -240,6 +240,9 @@ func (m *Module) Run(ctx context.Context) (err error) {
 		return err
 	}
 	if m.opt.Prepared != nil {
+		if err := m.readable(); err != nil {
+			return err
+		}
 		if err := m.opt.Prepared(); err != nil {
 			return err
 		}

@@ -3,8 +3,10 @@
 package module
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -12,6 +14,8 @@ import (
 
 	"github.com/weirgate/weir/internal/filelock"
 	"github.com/weirgate/weir/module/divert"
+	"github.com/weirgate/weir/module/flowstore"
+	"github.com/weirgate/weir/module/splice"
 	"github.com/weirgate/weir/nft"
 )
 
@@ -110,6 +114,36 @@ func (m *Module) openQueue(cfg divert.Config) (divert.Queue, error) {
 	}
 	cfg.FD = fd
 	return divert.OpenBatched(cfg)
+}
+
+// readable tells whether this program could take over what a living predecessor
+// keeps. Nothing that the predecessor may be changing is looked at more closely.
+func (m *Module) readable() error {
+	dir := filepath.Join(m.config().RuntimeDir, "flows")
+	b, err := os.ReadFile(filepath.Join(dir, "instance"))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("runtime_dir: %w", err)
+	}
+	var old kept
+	if err := json.Unmarshal(b, &old); err != nil {
+		return fmt.Errorf("runtime_dir: the file \"instance\" is damaged: %w", err)
+	}
+	if old.Version != keptVersion {
+		return fmt.Errorf("what the running instance keeps is of version %d, this program knows %d", old.Version, keptVersion)
+	}
+	shards, err := filepath.Glob(filepath.Join(dir, "shard*"))
+	if err != nil {
+		return err
+	}
+	for _, path := range shards {
+		if err := flowstore.Check(path, splice.RecordVersion); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // takeLock locks the runtime directory. A predecessor that is just dying is

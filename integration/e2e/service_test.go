@@ -20,6 +20,11 @@ import (
 // others, with a plugin of another user, and listens to what it tells the
 // service manager.
 func TestService(t *testing.T) {
+	t.Run("supervised", func(t *testing.T) { testService(t, "--supervise") })
+	t.Run("alone", func(t *testing.T) { testService(t) })
+}
+
+func testService(t *testing.T, args ...string) {
 	setpriv := require.Tool(t, "setpriv")
 	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2})
 	unit, err := os.ReadFile("../../cmd/weir/packaging/weir.service")
@@ -64,7 +69,7 @@ func TestService(t *testing.T) {
 	r.hello()
 	before := r.state()
 	o := r.options(lab.ConfigOptions{Policies: "[{use: path, config: {routes: [{prefix: /, servers: [s1, s2]}]}}]"})
-	o.Binary = script
+	o.Binary, o.Args = script, args
 	w, err := lab.StartWeir(within(t, 20*time.Second), r.Router, o)
 	if err != nil {
 		t.Fatal(err)

@@ -53,7 +53,10 @@ func runEngine(ctx context.Context, in cli.Instance) error {
 	}
 	if link != nil {
 		boss = supervisor{link: link, watchdog: link.Hang()}
-		opt.Sockets, opt.Prepared = link, link.Prepared
+		opt.Sockets = link
+		if link.Succeeds() {
+			opt.Prepared = link.Prepared
+		}
 	}
 	m, err := module.New(in.Config, opt)
 	if err != nil {
@@ -128,9 +131,17 @@ func cleanup(_ context.Context, cfg *config.Config, out io.Writer) error {
 		}
 	}
 	errs = append(errs, err)
-	for _, name := range []string{"plugins", "flows"} {
+	names := []string{"plugins", "flows"}
+	// A supervisor that runs this command removes its own files.
+	if mark := filepath.Join(cfg.RuntimeDir, supervise.LockName); exists(mark) {
+		if l, err := filelock.Take(mark); err == nil {
+			defer l.Remove()
+			names = append(names, supervise.SocketName)
+		}
+	}
+	for _, name := range names {
 		path := filepath.Join(cfg.RuntimeDir, name)
-		if _, err := os.Lstat(path); err == nil {
+		if exists(path) {
 			if err := os.RemoveAll(path); err != nil {
 				errs = append(errs, err)
 			} else {
@@ -146,4 +157,9 @@ func cleanup(_ context.Context, cfg *config.Config, out io.Writer) error {
 	}
 	_, err = fmt.Fprintln(out, "nothing was left")
 	return err
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
 }

@@ -161,6 +161,9 @@ func (l *Link) Rest() (names []string) {
 	return names
 }
 
+// Succeeds tells whether a predecessor lives, and Prepared has to be called.
+func (l *Link) Succeeds() bool { return l.prepare }
+
 // Prepared tells the parent that everything is done that can be done beside a
 // living predecessor, and waits until that is dead. Without a predecessor it
 // returns at once.

@@ -135,7 +135,7 @@ func (s *supervisor) begin() error {
 		}
 		s.made = true
 	}
-	path := filepath.Join(s.opt.Dir, lockName)
+	path := filepath.Join(s.opt.Dir, LockName)
 	var err error
 	if s.lock, err = unix.Open(path, unix.O_CREAT|unix.O_RDWR|unix.O_CLOEXEC, 0o600); err != nil {
 		return fmt.Errorf("runtime_dir: %s: %w", path, err)
@@ -155,10 +155,11 @@ func (s *supervisor) begin() error {
 	return s.bindSocket()
 }
 
-const lockName = "supervisor.lock"
+// LockName is the supervisor's lock in the runtime directory.
+const LockName = "supervisor.lock"
 
 func (s *supervisor) bindSocket() error {
-	path := filepath.Join(s.opt.Dir, socketName)
+	path := filepath.Join(s.opt.Dir, SocketName)
 	if err := os.Remove(path); err != nil && !os.IsNotExist(err) { // a killed one left it
 		return err
 	}
@@ -178,12 +179,12 @@ func (s *supervisor) end() {
 	}
 	if s.sock != nil {
 		_ = s.sock.Close()
-		_ = os.Remove(filepath.Join(s.opt.Dir, socketName))
+		_ = os.Remove(filepath.Join(s.opt.Dir, SocketName))
 	}
 	for _, fd := range s.held {
 		_ = unix.Close(fd)
 	}
-	_ = os.Remove(filepath.Join(s.opt.Dir, lockName))
+	_ = os.Remove(filepath.Join(s.opt.Dir, LockName))
 	_ = unix.Close(s.lock)
 	if s.made {
 		_ = os.Remove(s.opt.Dir) // Others may have put files there.

@@ -18,9 +18,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// socketName is the parent's socket in the runtime directory, for its own user
+// SocketName is the supervisor's socket in the runtime directory, for its own user
 // and root.
-const socketName = "supervisor.sock"
+const SocketName = "supervisor.sock"
 
 // ErrNotSupervised: no supervisor runs for this runtime directory.
 var ErrNotSupervised = errors.New("no supervisor answers")
@@ -132,7 +132,7 @@ func Upgrade(ctx context.Context, dir, path string, out io.Writer) error {
 }
 
 func ask(ctx context.Context, dir, path string, out io.Writer) (heard bool, err error) {
-	socket := filepath.Join(dir, socketName)
+	socket := filepath.Join(dir, SocketName)
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", socket)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ECONNREFUSED) {

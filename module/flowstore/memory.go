@@ -153,6 +153,37 @@ func Open(path string, record uint32) (*Memory, error) {
 	return m, nil
 }
 
+// Check tells whether Open would take the file at path over, and changes
+// nothing. The file may be in use by another process. The error is ErrRefused
+// if not.
+func Check(path string, record uint32) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("flow store: %w", err)
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return fmt.Errorf("flow store: %w", err)
+	}
+	if st.Size() < 2*page {
+		return fmt.Errorf("flow store %s: %w: %d bytes are too few", path, ErrRefused, st.Size())
+	}
+	b, err := unix.Mmap(int(f.Fd()), 0, page, unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return fmt.Errorf("flow store %s: %w", path, err)
+	}
+	defer unix.Munmap(b)
+	boot, err := bootID()
+	if err == nil {
+		err = (*memoryHead)(unsafe.Pointer(&b[0])).check(st.Size(), record, boot)
+	}
+	if err != nil {
+		return fmt.Errorf("flow store %s: %w", path, err)
+	}
+	return nil
+}
+
 func open(f *os.File, record uint32) (*Memory, error) {
 	st, err := f.Stat()
 	if err != nil {

@@ -43,7 +43,7 @@ inside weir check
 inside weir doctor || fail "the doctor finds something on a router that is made for it"
 
 run() {
-  inside weir run >"$dir/log" 2>&1 &
+  inside weir run --supervise >"$dir/log" 2>&1 &
   for _ in $(seq 200); do
     if inside weir status >/dev/null 2>&1; then return; fi
     sleep 0.05
@@ -68,6 +68,10 @@ first=$(pid)
 inside dpkg --install --force-depends --force-confold /tmp/weir.deb
 [ "$(pid)" = "$first" ] || fail "an upgrade ended the instance"
 grep -q '/sales/' "$root/etc/weir/weir.yaml" || fail "an upgrade overwrote the configuration"
+inside weir upgrade || fail "weir upgrade: $(cat "$dir/log")"
+second=$(pid)
+[ -n "$second" ] && [ "$second" != "$first" ] || fail "process $first serves on after weir upgrade"
+inside weir plugins | grep -q ' up ' || fail "the plugin is not up after the upgrade: $(inside weir plugins)"
 echo "is upgraded while it runs"
 
 # A running instance is not cleaned away.
