@@ -90,9 +90,8 @@ func upTo(n int) func(int, *tally) bool {
 	return func(int, *tally) bool { begun++; return begun <= n }
 }
 
-// freshSeed is seedOf, but for one thing: where WEIR_FRESH is set, as in
-// continuous integration, the seed is drawn anew each time, whatever WEIR_SEED
-// says for all other tests.
+// freshSeed is seedOf, but for one thing: where WEIR_FRESH is set the seed is
+// drawn anew each time, whatever WEIR_SEED says for all other tests.
 func freshSeed(t *testing.T) uint64 {
 	t.Helper()
 	if os.Getenv("WEIR_FRESH") == "" {

@@ -355,6 +355,9 @@ func (e *Engine) failed(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.
 	}
 	e.stale(c, v)
 	e.inactive(v)
+	// The client may have the whole response although the server has not
+	// acknowledged the last of the request: to it nothing has failed.
+	whole := v.Flags&splice.ServerRespEnd != 0 && e.respEndClient(c, v).LessEq(c.SndUna)
 	v.Cli = 0
 	c.Srv = 0
 	if v.Flags&splice.ServerFINSeen != 0 {
@@ -363,6 +366,8 @@ func (e *Engine) failed(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.
 		e.removeServer(s, v, false)
 	}
 	switch {
+	case c.Flags&splice.ClientResponded != 0 && whole:
+		e.finishClient(r, c)
 	case c.Flags&splice.ClientResponded != 0:
 		e.resetClient(r, c, why)
 	case proof:
