@@ -3,7 +3,6 @@
 package module
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -128,7 +127,7 @@ func (m *Module) readable() error {
 		return fmt.Errorf("runtime_dir: %w", err)
 	}
 	var old kept
-	if err := json.Unmarshal(b, &old); err != nil {
+	if err := unseal(b, &old); err != nil {
 		return fmt.Errorf("runtime_dir: the file \"instance\" is damaged: %w", err)
 	}
 	if old.Version != keptVersion {

@@ -129,12 +129,12 @@ func TestUpgradeRefused(t *testing.T) {
 		t.Errorf("upgrade with a bad configuration: exit code %d: %s", code, out)
 	}
 	r.must(os.WriteFile(file, good, 0o644))
-	// It does not know what the old one keeps.
+	// It cannot read what the old one keeps.
 	kept := filepath.Join(r.run, "flows", "instance")
 	b, err := os.ReadFile(kept)
 	r.must(err)
-	r.must(os.WriteFile(kept, []byte(strings.Replace(string(b), `"version":1`, `"version":9`, 1)), 0o600))
-	if code, out := r.weir("upgrade"); code != 1 || !strings.Contains(r.w.Log(), "is of version 9") {
+	r.must(os.WriteFile(kept, []byte(strings.Replace(string(b), `"version":1`, `"version":9`, 1)), 0o600)) // of another sum too
+	if code, out := r.weir("upgrade"); code != 1 || !strings.Contains(r.w.Log(), "is damaged") {
 		t.Errorf("upgrade with an unknown store: exit code %d: %s", code, out)
 	}
 	r.must(os.WriteFile(kept, b, 0o600))
