@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"time"
 
@@ -56,16 +55,6 @@ type kept struct {
 
 const keptVersion = 1
 
-// hostTime is nanoseconds since the host's start, the same for all processes.
-func hostTime() int64 {
-	return flowstore.HostTime()
-}
-
-func hostLife() string {
-	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return strings.TrimSpace(string(b))
-}
-
 // recall reads what a predecessor left. Whatever cannot be used is left aside
 // with a word in the log: the instance serves all the same.
 func (m *Module) recall(give *undo) error {
@@ -92,17 +81,17 @@ func (m *Module) recall(give *undo) error {
 	switch {
 	case old.Version != keptVersion:
 		return m.forget(fmt.Sprintf("it is of version %d, this program knows %d", old.Version, keptVersion))
-	case old.Boot != hostLife():
+	case old.Boot != flowstore.HostLife():
 		return m.forget("the host was started anew since")
 	case err != nil || len(secret) != len(m.secret):
 		return m.forget("the file \"instance\" is damaged: no secret")
-	case old.Since > hostTime():
+	case old.Since > flowstore.HostTime():
 		return m.forget("the file \"instance\" is damaged: it is from the future")
 	}
 	k.discard = false
 	k.state = old
 	copy(m.secret[:], secret)
-	m.clock = clock{time.Now(), old.Clock + hostTime() - old.Since}
+	m.clock = clock{time.Now(), old.Clock + flowstore.HostTime() - old.Since}
 	m.recallSnapshots()
 	spec, err := m.spec()
 	if err != nil {
@@ -135,7 +124,7 @@ func (m *Module) forget(why string) error {
 		_ = os.Remove(p)
 	}
 	k.state = kept{
-		Version: keptVersion, Boot: hostLife(), Clock: m.clock.now(), Since: hostTime(), Secret: hex.EncodeToString(m.secret[:]),
+		Version: keptVersion, Boot: flowstore.HostLife(), Clock: m.clock.now(), Since: flowstore.HostTime(), Secret: hex.EncodeToString(m.secret[:]),
 	}
 	return m.remember(m.db.Load())
 }

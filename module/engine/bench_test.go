@@ -8,13 +8,17 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/weirgate/weir/module/flowstore"
 	"github.com/weirgate/weir/module/packet"
 	"github.com/weirgate/weir/module/splice"
 )
 
 // spliced brings a client into a long response.
-func spliced(b testing.TB) (*rig, []byte, []byte) {
+func spliced(b testing.TB, stored bool) (*rig, []byte, []byte) {
 	g := newRig(&testing.T{}, oneServer)
+	if stored {
+		g.outlive(flowstore.NewHeap())
+	}
 	g.iss = []packet.Seq{1999}
 	seq, a := g.open(c1, 100, 9000)
 	g.client(c1, seg{fl: ack | psh, seq: seq, ack: a, data: get("/", 50)})
@@ -25,16 +29,23 @@ func spliced(b testing.TB) (*rig, []byte, []byte) {
 }
 
 func BenchmarkTranslate(b *testing.B) {
-	g, data, acks := spliced(b)
+	g, data, acks := spliced(b, false)
+	stored, _, _ := spliced(b, true)
 	buf := make([]byte, 2048)
 	var out Output
 	var ev Event
 	for _, c := range []struct {
 		name string
+		g    *rig
 		b    []byte
 		st   packet.ChecksumState
-	}{{"data", data, packet.ChecksumVerified}, {"dataUnverified", data, packet.ChecksumUnknown}, {"ack", acks, packet.ChecksumVerified}} {
+	}{
+		{"data", g, data, packet.ChecksumVerified}, {"dataStored", stored, data, packet.ChecksumVerified},
+		{"dataUnverified", g, data, packet.ChecksumUnknown}, {"dataUnverifiedStored", stored, data, packet.ChecksumUnknown},
+		{"ack", g, acks, packet.ChecksumVerified}, {"ackStored", stored, acks, packet.ChecksumVerified},
+	} {
 		b.Run(c.name, func(b *testing.B) {
+			g := c.g
 			b.ReportAllocs()
 			for b.Loop() {
 				out.Reset()
@@ -48,7 +59,15 @@ func BenchmarkTranslate(b *testing.B) {
 // BenchmarkExchange is a whole request and response of a kept-alive client:
 // three packets.
 func BenchmarkExchange(b *testing.B) {
+	b.Run("plain", func(b *testing.B) { benchmarkExchange(b, false) })
+	b.Run("stored", func(b *testing.B) { benchmarkExchange(b, true) })
+}
+
+func benchmarkExchange(b *testing.B, stored bool) {
 	g := newRig(&testing.T{}, oneServer, keepIdle)
+	if stored {
+		g.outlive(flowstore.NewHeap())
+	}
 	g.iss = []packet.Seq{1999}
 	seq, a := g.open(c1, 100, 9000)
 	g.client(c1, seg{fl: ack | psh, seq: seq, ack: a, data: get("/", 100)})

@@ -81,7 +81,14 @@ func newRigOf(t *testing.T, records int, change ...func(*farm.Spec)) *rig {
 	}
 	g := &rig{t: t, db: db, now: 1000 * second, cookies: fixedCookies{}}
 	g.hs = NewHandshake(g.cookies, 1400, 1380, func(ep packet.Endpoint) bool { return db.ByVIP(ep) != nil })
-	g.e = New(Options{
+	g.e = New(g.options(records), db)
+	return g
+}
+
+// oneServer leaves only s1 in the farm, so that the choice is certain.
+// options are those of a rig's engine with so many records of each kind.
+func (g *rig) options(records int) Options {
+	return Options{
 		Clients: records, Servers: records, Seed: 1, Handshake: g.hs,
 		SNIPs: []*pool.Ports{pool.NewPorts(packet.AddrFrom(snip), 10240, 10240+testPorts-1, second, nil)},
 		ISS: func(*packet.Tuple, int64) packet.Seq {
@@ -92,11 +99,9 @@ func newRigOf(t *testing.T, records int, change ...func(*farm.Spec)) *rig {
 			g.iss = g.iss[1:]
 			return iss
 		},
-	}, db)
-	return g
+	}
 }
 
-// oneServer leaves only s1 in the farm, so that the choice is certain.
 func oneServer(s *farm.Spec) { s.Farms[0].Servers = s.Farms[0].Servers[:1] }
 
 // figure8 routes by path as FIG 8 does.

@@ -8,16 +8,12 @@ import (
 	"github.com/weirgate/weir/module/farm"
 	"github.com/weirgate/weir/module/flowstore"
 	"github.com/weirgate/weir/module/packet"
-	"github.com/weirgate/weir/module/pool"
 )
 
 // outlive has a rig's engine live in mem, which may hold what another one left.
 func (g *rig) outlive(mem *flowstore.Memory) Takeover {
 	g.t.Helper()
-	e, err := Open(Options{
-		Clients: 64, Servers: 64, Seed: 1, Handshake: g.hs,
-		SNIPs: []*pool.Ports{pool.NewPorts(packet.AddrFrom(snip), 10240, 10240+testPorts-1, second, nil)},
-	}, mem, g.db)
+	e, err := Open(g.options(64), mem, g.db)
 	if err != nil {
 		g.t.Fatal(err)
 	}
@@ -93,5 +89,23 @@ func TestQuarantine(t *testing.T) {
 				t.Errorf("the other client gets %q", b.fromServer)
 			}
 		})
+	}
+}
+
+// TestStoredAllocs: packets cost no memory where their records outlive the
+// process either.
+func TestStoredAllocs(t *testing.T) {
+	g, data, acks := spliced(t, true)
+	buf := make([]byte, 2048)
+	var out Output
+	var ev Event
+	for _, b := range [][]byte{data, acks} {
+		if n := testing.AllocsPerRun(2000, func() {
+			out.Reset()
+			ev = Event{Kind: Packet, Checksum: packet.ChecksumVerified, Data: buf[:copy(buf, b)]}
+			g.e.Step(g.now, &ev, &out)
+		}); n != 0 {
+			t.Errorf("%v allocations a packet", n)
+		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"unsafe"
@@ -174,11 +175,7 @@ func Check(path string, record uint32) error {
 		return fmt.Errorf("flow store %s: %w", path, err)
 	}
 	defer unix.Munmap(b)
-	boot, err := bootID()
-	if err == nil {
-		err = (*memoryHead)(unsafe.Pointer(&b[0])).check(st.Size(), record, boot)
-	}
-	if err != nil {
+	if err := (*memoryHead)(unsafe.Pointer(&b[0])).check(st.Size(), record, bootID()); err != nil {
 		return fmt.Errorf("flow store %s: %w", path, err)
 	}
 	return nil
@@ -202,10 +199,7 @@ func open(f *os.File, record uint32) (*Memory, error) {
 		return nil, err
 	}
 	m.head = (*memoryHead)(unsafe.Pointer(&s.b[0]))
-	boot, err := bootID()
-	if err != nil {
-		return nil, err
-	}
+	boot := bootID()
 	if !found {
 		m.head.layout, m.head.record, m.head.boot = LayoutVersion, record, boot
 		m.head.magic = memoryMagic
@@ -245,12 +239,16 @@ func (h *memoryHead) check(size int64, record uint32, boot [40]byte) error {
 	return nil
 }
 
-// bootID names the present life of the host: times and packets of an earlier
-// one mean nothing.
-func bootID() (id [40]byte, err error) {
-	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	copy(id[:], b)
-	return id, err
+// HostLife names the present life of the host: times and packets of an earlier
+// one mean nothing. It is empty where the kernel does not tell.
+func HostLife() string {
+	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b))
+}
+
+func bootID() (id [40]byte) {
+	copy(id[:], HostLife())
+	return id
 }
 
 // Found reports whether the file was there before, so that there may be
