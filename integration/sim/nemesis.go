@@ -101,6 +101,9 @@ func (n *nemesis) kill(ev *engine.Event) {
 		f.Stats.Opened.Store(before.Farms[i].Stats.Opened.Load())
 		f.Stats.Reused.Store(before.Farms[i].Stats.Reused.Load())
 	}
+	if w.Hooks.Inherit != nil {
+		image = w.Hooks.Inherit(image)
+	}
 	w.mem.Free()
 	w.mem = image
 	w.renew()

@@ -6,6 +6,8 @@ import (
 	"runtime"
 	"sync"
 	"testing"
+
+	"github.com/weirgate/weir/module/flowstore"
 )
 
 // TestKills: the engine dies again and again, at every kind of instant, and
@@ -136,4 +138,27 @@ func everyDeath(small func(uint64) *Scenario, seed uint64, steps int) (n, inside
 		}
 	}
 	return n, inside, nil
+}
+
+// TestKillControls: the deaths are found out where a successor gets less than
+// it should: half of a step, or nothing.
+func TestKillControls(t *testing.T) {
+	base := seedOf(t)
+	for name, inherit := range map[string]func(*flowstore.Memory) *flowstore.Memory{
+		"a step half done": func(m *flowstore.Memory) *flowstore.Memory { m.LoseJournal(); return m },
+		"nothing":          func(*flowstore.Memory) *flowstore.Memory { return flowstore.NewHeap() },
+	} {
+		bad := 0
+		for i := range uint64(200) {
+			s := Random(base + i)
+			s.Kills = 0.05
+			if Run(s, Hooks{Inherit: inherit}).Violation != nil {
+				bad++
+			}
+		}
+		t.Logf("%s: %d of 200 runs are bad", name, bad)
+		if bad == 0 {
+			t.Errorf("%s: nobody notices", name)
+		}
+	}
 }

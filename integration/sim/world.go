@@ -80,6 +80,8 @@ type Hooks struct {
 	Renew func(w *World) bool
 	// NoICMP has the wires swallow what does not fit without a word.
 	NoICMP bool
+	// Inherit may change what a successor of the engine finds.
+	Inherit func(m *flowstore.Memory) *flowstore.Memory
 	// Built may look at the world before it starts.
 	Built func(w *World)
 }

@@ -104,6 +104,14 @@ func (m *Memory) Image() *Memory {
 	return c
 }
 
+// LoseJournal makes an Image one in which the journal was never written: what a
+// step had begun stays half done. It is the negative control of tests.
+func (m *Memory) LoseJournal() {
+	if len(m.images) > 0 {
+		clear(m.images[0].b[:8])
+	}
+}
+
 // Free gives the memory of NewHeap or Image back, to be used again by those.
 // It is for tests that make thousands of them.
 func (m *Memory) Free() {
