@@ -70,6 +70,7 @@ func (e *Engine) Recover(now int64) (t Takeover) {
 		e.armSweep()
 	}
 	e.match()
+	e.forgive()
 	e.clients.Range(func(r splice.Ref, _ *splice.Client) bool {
 		e.takeClient(r, e.clients.At(r))
 		e.commit()
@@ -126,6 +127,9 @@ func (e *Engine) soundClient(k *packet.Tuple, c *splice.Client) bool {
 		c.Started <= limit && c.Last <= limit && int(c.Srv) <= e.servers.Cap()
 }
 
+// commitRecords is commit while the held bytes of clients are only in their mirrors.
+func (e *Engine) commitRecords() { e.store.journal.Commit(nil) }
+
 // match cuts what does not point at each other, and notes the ports in use.
 func (e *Engine) match() {
 	s := &e.store
@@ -151,7 +155,7 @@ func (e *Engine) match() {
 		}
 		if !ok {
 			e.servers.At(r).Cli = 0
-			e.commit()
+			e.commitRecords()
 		}
 		return true
 	})
@@ -165,7 +169,64 @@ func (e *Engine) match() {
 				break
 			}
 		}
-		e.commit()
+		e.commitRecords()
+		return true
+	})
+}
+
+// forgive has whatever waited for an endpoint too long wait anew: while nobody
+// was here nobody could answer, and what was sent may be lost. Who has time left
+// keeps what it has, so that one death after the other is no excuse for ever.
+// What endpoints count by themselves (how long a connection rests in the pool)
+// goes on.
+func (e *Engine) forgive() {
+	e.servers.Range(func(r splice.Ref, v *splice.Server) bool {
+		late := e.now - e.timeouts(v.Farm).Connect
+		switch {
+		case v.State == splice.ServerConnecting && v.Opened <= late:
+			e.servers.At(r).Opened = e.now
+		case v.State == splice.ServerActive && v.Bound <= late:
+			e.servers.At(r).Bound = e.now
+		}
+		e.commitRecords()
+		return true
+	})
+	first := never
+	e.clients.Range(func(r splice.Ref, c *splice.Client) bool {
+		t := e.timeouts(c.Farm)
+		switch c.State {
+		case splice.ClientHead:
+			if c.Side != 0 && c.Started+t.Head <= e.now || c.Started+t.Idle <= e.now {
+				e.clients.At(r).Started = e.now
+			}
+		case splice.ClientBinding:
+			if c.Flags&splice.ClientWaiting != 0 {
+				first = min(first, c.Waits)
+			}
+		case splice.ClientSpliced:
+			if c.Srv == 0 {
+				break
+			}
+			v := e.servers.Peek(c.Srv)
+			if max(c.Last, v.Last)+e.patience(c, v) <= e.now {
+				e.clients.At(r).Last = e.now
+			}
+			if c.Pace != 0 && c.Pace+t.Body <= e.now {
+				e.clients.At(r).Pace = e.now
+			}
+		}
+		e.commitRecords()
+		return true
+	})
+	if first >= e.now {
+		return
+	}
+	// All move together, because their order is that of their lines.
+	e.clients.Range(func(r splice.Ref, c *splice.Client) bool {
+		if c.State == splice.ClientBinding && c.Flags&splice.ClientWaiting != 0 {
+			e.clients.At(r).Waits += e.now - first + second
+			e.commitRecords()
+		}
 		return true
 	})
 }
