@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"net/netip"
 	"time"
@@ -50,7 +51,7 @@ func (r *rig) flood(ctx context.Context, kind string, to netip.AddrPort) (stop f
 	rate := 0.0
 	rnd := rand.New(rand.NewPCG(1, uint64(len(kind))))
 	go func() {
-		n, took, err := f.Flood(ctx, floodRate, 1<<40, forge.Strangers(rnd, to, floods[kind], []byte("GET / HTTP/1.1\r\nHost: flood\r\n\r\n")))
+		n, took, err := f.Flood(ctx, floodRate, math.MaxInt, forge.Strangers(rnd, to, floods[kind], []byte("GET / HTTP/1.1\r\nHost: flood\r\n\r\n")))
 		if took > 0 {
 			rate = float64(n) / took.Seconds()
 		}

@@ -262,7 +262,7 @@ func TestLoadStopped(t *testing.T) {
 func TestLoadUpgrades(t *testing.T) {
 	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2})
 	r.start(loaded)
-	bins := []string{r.copyBinary("other"), r.bin}
+	bins := []string{r.nextBinary("other"), r.bin} // forth and back over one version of the records
 	l := r.load(10, 10)
 	rounds := 20
 	if os.Getenv("WEIR_SOAK") != "" {

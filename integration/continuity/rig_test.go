@@ -328,6 +328,17 @@ func (r *rig) copyBinary(name string) string {
 	return filepath.Join(dir, "weir")
 }
 
+// nextBinary is copyBinary for a program whose records are of the next version.
+func (r *rig) nextBinary(name string) string {
+	r.t.Helper()
+	path := r.copyBinary(name)
+	cmd := exec.Command(require.Tool(r.t, "go"), "build", "-tags", "weir_next", "-o", path, "github.com/weirgate/weir/cmd/weir")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		r.t.Fatalf("%v: %v\n%s", cmd.Args, err, out)
+	}
+	return path
+}
+
 // executable is the file that a process runs; empty if it is just going over to
 // another one.
 func (r *rig) executable(pid int) string {

@@ -7,8 +7,10 @@ import (
 	"github.com/weirgate/weir/module/packet"
 )
 
-// RecordVersion changes whenever the layout of a record changes.
-const RecordVersion = 4
+// RecordVersion changes whenever a record gets another field. A program reads
+// the records of its own version, of the one before and of the one after, see
+// reserve.
+const RecordVersion = next + 4
 
 // Ref names a record of a flow table; 0 is none.
 type Ref uint32
