@@ -59,8 +59,9 @@ var contenders = []contender{
 	{name: "haproxy-splice", program: "haproxy", start: startHAProxy("option splice-response"), target: atVIP, full: true},
 	{name: "nginx", program: "nginx", start: startNginx(""), target: atVIP},
 	{name: "nginx-large", program: "nginx", start: startNginx("proxy_buffers 16 64k; proxy_buffer_size 64k;"), target: atVIP, full: true},
-	{name: "weir", start: startWeir("batched"), target: atVIP},
-	{name: "weir-plain", start: startWeir("plain"), target: atVIP},
+	{name: "weir", start: startWeir("batched", true), target: atVIP},
+	{name: "weir-mortal", start: startWeir("batched", false), target: atVIP, full: true},
+	{name: "weir-plain", start: startWeir("plain", true), target: atVIP},
 }
 
 func atVIP(r *rig) netip.AddrPort { return r.vip }
@@ -185,10 +186,21 @@ admin: {socket: %[6]q, metrics: "127.0.0.1:9464"}
 stop_timeout: 0s
 `
 
-func startWeir(backend string) func(context.Context, *rig) (*lab.Process, error) {
+// startWeir starts weir with a backend. With keeps false there is no place for
+// its flow store: what a connection's record costs when it need not outlive the
+// process.
+func startWeir(backend string, keeps bool) func(context.Context, *rig) (*lab.Process, error) {
 	return func(ctx context.Context, r *rig) (*lab.Process, error) {
 		run := filepath.Join(r.dir, "run")
 		if err := os.MkdirAll(run, 0o755); err != nil {
+			return nil, err
+		}
+		taken := filepath.Join(run, "flows", "shard0")
+		if keeps {
+			if err := os.RemoveAll(taken); err != nil {
+				return nil, err
+			}
+		} else if err := os.MkdirAll(filepath.Join(taken, "taken"), 0o755); err != nil {
 			return nil, err
 		}
 		socket := filepath.Join(run, "admin.sock")

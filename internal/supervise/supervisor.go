@@ -305,8 +305,8 @@ func (s *supervisor) look(step time.Duration) {
 		}
 		c.silent += step
 		limit := s.opt.StartLimit
-		if c.ready {
-			limit = s.opt.Hang
+		if c.ready && !s.stopping && !c.stopping {
+			limit = s.opt.Hang // its last steps, without its shards, may take longer
 		}
 		if c.silent > limit && (c == s.cur || !c.prepared) {
 			s.log.Error("the engine gives no sign of life and is killed", "pid", c.proc.Pid, "for", c.silent)
