@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -322,6 +323,8 @@ func TestBlindInjection(t *testing.T) {
 		blind(per / 5)
 		all := g.play(g.raw(a.cli, vip, seg{fl: ack | psh, seq: a.cseq, ack: a.cack, data: request[600:]}))
 		a.cseq += packet.Seq(len(request) - 600)
+		// An early acknowledgment of what is held may be due.
+		all = slices.DeleteFunc(all, func(s sent) bool { return s.dst == a.cli && s.fl == ack && len(s.data) == 0 })
 		if len(all) != 1 || !all[0].fl.Has(syn) {
 			t.Fatalf("flow %d: a complete head gives %+v", f, all)
 		}
