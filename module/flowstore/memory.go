@@ -312,7 +312,6 @@ func (m *Memory) Close() error {
 func (m *Memory) Section(tag uint32, n int, item uintptr) (*Section, error) {
 	size := (n*int(item) + page - 1) &^ (page - 1)
 	if m.file == nil {
-		words := make([]uint64, size/8) // aligned for every record
 		if m.found {
 			if len(m.images) == 0 || len(m.images[0].b) != size {
 				return nil, fmt.Errorf("%w: another section", ErrRefused)
@@ -321,7 +320,7 @@ func (m *Memory) Section(tag uint32, n int, item uintptr) (*Section, error) {
 			m.images, m.sections = m.images[1:], append(m.sections, s)
 			return s, nil
 		}
-		s := &Section{b: unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(words))), size), note: new(int64)}
+		s := &Section{b: clean(size), note: new(int64)}
 		m.sections = append(m.sections, s)
 		return s, nil
 	}
