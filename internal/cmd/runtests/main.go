@@ -52,8 +52,8 @@ func main() {
 	var o options
 	flag.StringVar(&o.goCommand, "go", "go", "the go `command`")
 	flag.StringVar(&o.dir, "dir", "build/tests", "`directory` for test binaries")
-	flag.DurationVar(&o.timeout, "timeout", 10*time.Minute, "limit per package")
-	flag.DurationVar(&o.total, "total", 28*time.Minute, "limit for all packages, 0 for none")
+	flag.DurationVar(&o.timeout, "timeout", 12*time.Minute, "limit per package")
+	flag.DurationVar(&o.total, "total", 50*time.Minute, "limit for all packages, 0 for none")
 	flag.StringVar(&o.race, "race", "auto", "run packages without kernel tests under the race detector too: auto, on or off")
 	flag.StringVar(&o.run, "run", "", "only tests that match the `regexp`")
 	flag.StringVar(&o.only, "only", "", "only packages whose path contains one of these, `comma`-separated")
