@@ -63,6 +63,7 @@ var scenes = []scene{
 	{"http10", "Clients that close after each request, on a server connection that stays", 2, 1, insertion},
 	{"farm", "Two thousand clients with one request each, with and without Weir", 2, 3, offload},
 	{"policies", "A server with a budget, a slow one, and one that dies", 1, 4, policing},
+	{"kill", "Sixty downloads, and a kill -9 in the middle", 1, 2, killing},
 }
 
 // Scenes returns the names of all scenes with their titles, in order.

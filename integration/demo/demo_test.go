@@ -121,6 +121,7 @@ func TestScenesCanFail(t *testing.T) {
 		"fig5":   "2 connections instead of 1",
 		"http10": "instead of",
 		"farm":   "server connections were opened",
+		"kill":   "downloads broke",
 	} {
 		ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 		var out strings.Builder

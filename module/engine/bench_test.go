@@ -159,3 +159,44 @@ func BenchmarkFlowsSlice(b *testing.B) {
 		}
 	})
 }
+
+// BenchmarkRecover is what stands between a successor's start and its first
+// packet, with so many client connections.
+func BenchmarkRecover(b *testing.B) {
+	for _, n := range []int{1_000, 100_000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			g := newRig(&testing.T{}, oneServer)
+			mem := flowstore.NewHeap()
+			open := func(mem *flowstore.Memory) *Engine {
+				e, err := Open(g.options(n), mem, g.db)
+				if err != nil {
+					b.Fatal(err)
+				}
+				return e
+			}
+			e := open(mem)
+			e.Recover(g.now)
+			for i := range n {
+				k := packet.Tuple{Src: packet.Endpoint{Addr: packet.AddrFrom(c1.Addr()), Port: uint16(i)}, Dst: ep(vip)}
+				k.Src.Addr[14], k.Src.Addr[13] = byte(i>>16), byte(i>>24)
+				r := e.clients.Insert(&k)
+				*e.clients.At(r) = splice.Client{
+					State: splice.ClientHead, Farm: 1, MSS: 1400, IRS: packet.Seq(i), ISS: packet.Seq(i), Started: g.now, Last: g.now,
+				}
+				e.commit()
+			}
+			for b.Loop() {
+				b.StopTimer()
+				image := mem.Image()
+				b.StartTimer()
+				e := open(image)
+				if took := e.Recover(g.now); took.Clients != n {
+					b.Fatalf("%+v", took)
+				}
+				b.StopTimer()
+				image.Free()
+				b.StartTimer()
+			}
+		})
+	}
+}
