@@ -34,7 +34,9 @@ type troupe struct {
 	got    [4]atomic.Int64
 	failed atomic.Int64
 	mu     sync.Mutex
-	first  error // why the first request failed
+	first  error        // why the first request failed
+	dying  atomic.Bool  // S2 answers nobody any more
+	inside atomic.Int64 // requests that S2 is about to answer
 }
 
 // policing shows what the policies do about a server that is slow, one that has
@@ -48,6 +50,13 @@ func policing(ctx context.Context, s *stage) error {
 		srv, err := lab.HTTPServer(s.Servers[i], s.server(i).String(), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if r.URL.Path == "/healthz" {
 				return
+			}
+			if i == 1 {
+				tr.inside.Add(1)
+				defer tr.inside.Add(-1)
+				if tr.dying.Load() {
+					panic(http.ErrAbortHandler) // not a byte of a response
+				}
 			}
 			tr.got[i].Add(1)
 			time.Sleep(time.Duration(tr.delay[i].Load()))
@@ -95,6 +104,13 @@ func policing(ctx context.Context, s *stage) error {
 	act(4 * time.Second) // until the running mean has noticed
 	slow := act(2 * time.Second)
 	load := says()
+	// A response that has begun cannot be repeated elsewhere by anybody, so S2
+	// dies between two of them: what it has then is repeated.
+	tr.dying.Store(true)
+	for tr.inside.Load() > 0 && ctx.Err() == nil {
+		time.Sleep(time.Millisecond)
+	}
+	time.Sleep(100 * time.Millisecond) // its last bytes arrive
 	if err := servers[1].Close(); err != nil {
 		return err
 	}
