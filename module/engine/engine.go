@@ -7,7 +7,9 @@
 //
 // The same events in the same order with the same clock and seed give the same
 // outputs (INV-8). The engine does no I/O, reads no clock, starts no goroutine
-// and writes no log; in steady translation it allocates nothing. Somebody else
+// and writes no log; in steady translation it allocates nothing. Its records may
+// live in memory that outlives the process: package flowstore asks the kernel for
+// that, at most once per mebibyte of records. Somebody else
 // brings packets and the time, and carries out what Step says: first what the
 // records need, then the crafted packets, then the verdict.
 //
