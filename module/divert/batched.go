@@ -224,11 +224,16 @@ func (q *batched) receive(batch []Packet, timeout time.Duration) (int, error) {
 }
 
 // sleep waits for a packet, a wake or the timeout, and tells whether it was a
-// wake. A signal ends it early, which is harmless.
+// wake. A signal, such as those by which Go's scheduler preempts a thread, does
+// not end it: Linux leaves the time that remains in the timeout it was given
+// (ppoll(2)), with which the wait goes on.
 func (q *batched) sleep(timeout time.Duration) (woken bool) {
 	q.wait = unix.NsecToTimespec(int64(timeout))
 	q.polls[0].Revents, q.polls[1].Revents = 0, 0
-	n, _ := unix.Ppoll(q.polls[:], &q.wait, nil)
+	n, err := unix.Ppoll(q.polls[:], &q.wait, nil)
+	for err == unix.EINTR {
+		n, err = unix.Ppoll(q.polls[:], &q.wait, nil)
+	}
 	if n <= 0 || q.polls[1].Revents == 0 {
 		return false
 	}

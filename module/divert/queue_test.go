@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"runtime"
 	"strings"
 	"sync"
@@ -532,6 +533,61 @@ func TestWake(t *testing.T) {
 			if n, err := q.Receive(make([]divert.Packet, 1), time.Millisecond); n != 0 || err != nil {
 				t.Errorf("with a timeout: %d, %v", n, err)
 			}
+		}
+	})
+}
+
+// TestSignals bombards the thread that waits with the signal by which Go's
+// scheduler preempts: the wait lasts as long as was asked for, and a wake in the
+// midst of it ends it and is counted.
+func TestSignals(t *testing.T) {
+	both(t, func(t *testing.T, open opener) {
+		l := newLab(t)
+		q := l.open(open, divert.Config{})
+		var tid atomic.Int64
+		var sent atomic.Int64
+		quit := make(chan struct{})
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			for {
+				select {
+				case <-quit:
+					return
+				case <-time.After(100 * time.Microsecond):
+				}
+				if id := int(tid.Load()); id != 0 && unix.Tgkill(os.Getpid(), id, unix.SIGURG) == nil {
+					sent.Add(1)
+				}
+			}
+		})
+		defer wg.Wait()
+		defer close(quit)
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		tid.Store(int64(unix.Gettid()))
+		const wait = 100 * time.Millisecond
+		for range 3 {
+			began := time.Now()
+			n, err := q.Receive(make([]divert.Packet, 1), wait)
+			if took := time.Since(began); n != 0 || err != nil || took < wait {
+				t.Errorf("a wait of %v ended after %v: %d, %v", wait, took, n, err)
+			}
+		}
+		for i := range 50 {
+			wg.Go(func() {
+				time.Sleep(time.Millisecond)
+				q.Wake()
+			})
+			if n, err := q.Receive(make([]divert.Packet, 1), time.Minute); n != 0 || err != nil {
+				t.Errorf("wait for a wake: %d, %v", n, err)
+			}
+			if st := q.Stats(); st.Wakes != uint64(i+1) {
+				t.Fatalf("%d wakes counted, want %d", st.Wakes, i+1)
+			}
+		}
+		tid.Store(0)
+		if sent.Load() == 0 {
+			t.Error("no signal was sent")
 		}
 	})
 }
