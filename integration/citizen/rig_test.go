@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -18,52 +17,12 @@ import (
 	"time"
 
 	"github.com/weirgate/weir/integration/lab"
+	"github.com/weirgate/weir/integration/lab/built"
 	"github.com/weirgate/weir/internal/require"
 	"github.com/weirgate/weir/nft"
 )
 
-// built is the executable that was made for these tests, removed at the end.
-var built struct {
-	once sync.Once
-	dir  string
-	err  error
-}
-
-func TestMain(m *testing.M) {
-	code := m.Run()
-	if built.dir != "" {
-		_ = os.RemoveAll(built.dir)
-	}
-	os.Exit(code)
-}
-
-// binary returns the path of the weir executable: of WEIR_BIN, or made here.
-func binary(t testing.TB) string {
-	t.Helper()
-	if dir := os.Getenv("WEIR_BIN"); dir != "" {
-		abs, err := filepath.Abs(dir)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return filepath.Join(abs, "weir")
-	}
-	gotool := require.Tool(t, "go")
-	built.once.Do(func() {
-		if built.dir, built.err = os.MkdirTemp("", "weir-citizen-bin-"); built.err != nil {
-			return
-		}
-		if built.err = os.Chmod(built.dir, 0o755); built.err != nil {
-			return
-		}
-		if out, err := exec.Command(gotool, "build", "-o", built.dir+"/weir", "github.com/weirgate/weir/cmd/weir").CombinedOutput(); err != nil {
-			built.err = fmt.Errorf("go build: %w\n%s", err, out)
-		}
-	})
-	if built.err != nil {
-		t.Fatal(built.err)
-	}
-	return filepath.Join(built.dir, "weir")
-}
+func TestMain(m *testing.M) { built.Main(m) }
 
 // A rig is the standard topology with a weir on its router and judges on its
 // wires.
@@ -79,7 +38,7 @@ type rig struct {
 func newRig(t *testing.T, o lab.FarmOptions) *rig {
 	t.Helper()
 	require.NFQueue(t)
-	r := &rig{t: t, bin: binary(t)}
+	r := &rig{t: t, bin: built.Weir(t)}
 	l, err := lab.New("weircit")
 	if err != nil {
 		t.Fatal(err)

@@ -13,62 +13,17 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/weirgate/weir/integration/lab"
+	"github.com/weirgate/weir/integration/lab/built"
 	"github.com/weirgate/weir/internal/require"
 	"github.com/weirgate/weir/module/divert"
 )
 
-// built is the directory that binaries were built into, removed at the end.
-var built struct {
-	once sync.Once
-	dir  string
-	err  error
-}
-
-func TestMain(m *testing.M) {
-	code := m.Run()
-	if built.dir != "" {
-		_ = os.RemoveAll(built.dir)
-	}
-	os.Exit(code)
-}
-
-// binary returns the path of the weir executable, with plugins beside it.
-func binary(t testing.TB) string {
-	t.Helper()
-	if dir := os.Getenv("WEIR_BIN"); dir != "" {
-		abs, err := filepath.Abs(dir)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return filepath.Join(abs, "weir")
-	}
-	gotool := require.Tool(t, "go")
-	built.once.Do(func() {
-		if built.dir, built.err = os.MkdirTemp("", "weir-continuity-bin-"); built.err != nil {
-			return
-		}
-		if built.err = os.MkdirAll(filepath.Join(built.dir, "plugins"), 0o755); built.err != nil {
-			return
-		}
-		for _, b := range [][2]string{{"weir", "cmd/weir"}, {"plugins/path", "plugins/path"}} {
-			cmd := exec.Command(gotool, "build", "-o", filepath.Join(built.dir, b[0]), "github.com/weirgate/weir/"+b[1])
-			if out, err := cmd.CombinedOutput(); err != nil {
-				built.err = fmt.Errorf("%v: %w\n%s", cmd.Args, err, out)
-				return
-			}
-		}
-	})
-	if built.err != nil {
-		t.Fatal(built.err)
-	}
-	return filepath.Join(built.dir, "weir")
-}
+func TestMain(m *testing.M) { built.Main(m) }
 
 // rig is a farm with a supervised weir on its router.
 type rig struct {
@@ -90,7 +45,7 @@ type rig struct {
 func newRig(t *testing.T, o lab.FarmOptions) *rig {
 	t.Helper()
 	require.NFQueue(t)
-	r := &rig{t: t, bin: binary(t)}
+	r := &rig{t: t, bin: built.Weir(t)}
 	l, err := lab.New("weircont")
 	r.must(err)
 	t.Cleanup(func() {

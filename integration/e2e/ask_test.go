@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/weirgate/weir/integration/lab"
+	"github.com/weirgate/weir/integration/lab/built"
 	"github.com/weirgate/weir/internal/require"
 	"github.com/weirgate/weir/module/control"
 )
@@ -343,7 +344,7 @@ func TestShaping(t *testing.T) {
 // TestPluginsRun: a plugin is driven by hand, without privileges and without an
 // instance.
 func TestPluginsRun(t *testing.T) {
-	bin := binary(t)
+	bin := built.Weir(t)
 	run := func(args ...string) (int, string) {
 		t.Helper()
 		cmd := exec.CommandContext(within(t, 20*time.Second), bin, append([]string{"plugins", "run"}, args...)...)
@@ -434,7 +435,7 @@ func TestFirstSnapshot(t *testing.T) {
 // TestExplainOffline: the files alone are enough to say how a request would be
 // decided, without privileges and without an instance.
 func TestExplainOffline(t *testing.T) {
-	binary(t)
+	built.Weir(t)
 	file := filepath.Join(t.TempDir(), "weir.yaml")
 	err := os.WriteFile(file, []byte(`source: {addresses: [198.51.100.1]}
 farms:

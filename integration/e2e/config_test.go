@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/weirgate/weir/integration/lab"
+	"github.com/weirgate/weir/integration/lab/built"
 )
 
 // goodConfig is a configuration without a fault. %s is a directory.
@@ -38,7 +39,7 @@ func runWeir(t *testing.T, args ...string) (int, string) {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	var out bytes.Buffer
-	cmd := exec.CommandContext(ctx, binary(t), args...)
+	cmd := exec.CommandContext(ctx, built.Weir(t), args...)
 	cmd.Stdout, cmd.Stderr = &out, &out
 	run := cmd.Run
 	if os.Geteuid() == 0 {

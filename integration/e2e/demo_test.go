@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/weirgate/weir/integration/demo"
+	"github.com/weirgate/weir/integration/lab/built"
 	"github.com/weirgate/weir/internal/require"
 )
 
@@ -21,7 +22,7 @@ import (
 // them, live.
 func TestDemoScenes(t *testing.T) {
 	require.NFQueue(t)
-	bin := binary(t)
+	bin := built.Weir(t)
 	for _, s := range demo.Scenes() {
 		for name, ipv6 := range map[string]bool{"": false, " over IPv6": true} {
 			t.Run(s[0]+name, func(t *testing.T) {
@@ -80,7 +81,7 @@ func (o *output) String() string {
 // it is left afterwards.
 func TestDemoAll(t *testing.T) {
 	require.NFQueue(t)
-	bin := binary(t)
+	bin := built.Weir(t)
 	ctx, interrupt := context.WithCancel(within(t, 120*time.Second))
 	defer interrupt()
 	var out output

@@ -7,78 +7,17 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/weirgate/weir/integration/lab"
+	"github.com/weirgate/weir/integration/lab/built"
 	"github.com/weirgate/weir/internal/require"
 )
 
-// built is the directory that binaries were built into, removed at the end.
-var built struct {
-	once sync.Once
-	dir  string
-	err  error
-}
-
-func TestMain(m *testing.M) {
-	code := m.Run()
-	for _, dir := range []string{built.dir, odd.dir} {
-		if dir != "" {
-			_ = os.RemoveAll(dir)
-		}
-	}
-	os.Exit(code)
-}
-
-// binary returns the path of the weir executable.
-func binary(t testing.TB) string {
-	t.Helper()
-	if dir := os.Getenv("WEIR_BIN"); dir != "" {
-		abs, err := filepath.Abs(dir)
-		if err != nil {
-			t.Fatal(err)
-		}
-		path := filepath.Join(abs, "weir")
-		if _, err := os.Stat(path); err != nil {
-			t.Fatalf("WEIR_BIN: %v", err)
-		}
-		return path
-	}
-	gotool := require.Tool(t, "go")
-	built.once.Do(func() {
-		if built.dir, built.err = os.MkdirTemp("", "weir-e2e-bin-"); built.err != nil {
-			return
-		}
-		if built.err = os.Chmod(built.dir, 0o755); built.err != nil {
-			return
-		}
-		plugins := filepath.Join(built.dir, "plugins")
-		if built.err = os.Mkdir(plugins, 0o755); built.err != nil {
-			return
-		}
-		for _, b := range [][2]string{
-			{filepath.Join(built.dir, "weir"), "github.com/weirgate/weir/cmd/weir"},
-			{filepath.Join(plugins, "path"), "github.com/weirgate/weir/plugins/path"},
-			{filepath.Join(plugins, "load"), "github.com/weirgate/weir/plugins/load"},
-			{filepath.Join(plugins, "state"), "github.com/weirgate/weir/plugins/state"},
-			{filepath.Join(plugins, "bandwidth"), "github.com/weirgate/weir/plugins/bandwidth"},
-		} {
-			if out, err := exec.Command(gotool, "build", "-o", b[0], b[1]).CombinedOutput(); err != nil {
-				built.err = fmt.Errorf("go build %s: %w\n%s", b[1], err, out)
-				return
-			}
-		}
-	})
-	if built.err != nil {
-		t.Fatal(built.err)
-	}
-	return filepath.Join(built.dir, "weir")
-}
+func TestMain(m *testing.M) { built.Main(m) }
 
 // A rig is a farm with what a test needs to run weir on its router.
 type rig struct {
@@ -94,7 +33,7 @@ type rig struct {
 func newRig(t *testing.T, o lab.FarmOptions) *rig {
 	t.Helper()
 	require.NFQueue(t)
-	r := &rig{t: t, bin: binary(t)}
+	r := &rig{t: t, bin: built.Weir(t)}
 	l, err := lab.New("weire2e")
 	if err != nil {
 		t.Fatal(err)

@@ -21,37 +21,12 @@ import (
 	"time"
 
 	"github.com/weirgate/weir/integration/lab"
-	"github.com/weirgate/weir/internal/require"
+	"github.com/weirgate/weir/integration/lab/built"
 	"github.com/weirgate/weir/module/control"
 )
 
-// odd is where the plugin of testdata/oddplugin is, built once.
-var odd struct {
-	once sync.Once
-	dir  string
-	err  error
-}
-
 // oddPlugin builds the plugin of testdata/oddplugin and returns its path.
-func oddPlugin(t *testing.T) string {
-	t.Helper()
-	gotool := require.Tool(t, "go")
-	odd.once.Do(func() {
-		if odd.dir, odd.err = os.MkdirTemp("", "weir-e2e-odd-"); odd.err != nil {
-			return
-		}
-		if odd.err = os.Chmod(odd.dir, 0o755); odd.err != nil { // its user is nobody
-			return
-		}
-		if out, err := exec.Command(gotool, "build", "-o", odd.dir+"/", "./testdata/oddplugin").CombinedOutput(); err != nil {
-			odd.err = fmt.Errorf("%w\n%s", err, out)
-		}
-	})
-	if odd.err != nil {
-		t.Fatal(odd.err)
-	}
-	return filepath.Join(odd.dir, "oddplugin")
-}
+func oddPlugin(t *testing.T) string { t.Helper(); return built.Program(t, "./testdata/oddplugin") }
 
 // farmhands are the servers of a rig, that answer with their names.
 type farmhands struct {

@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -19,6 +18,7 @@ import (
 	"time"
 
 	"github.com/weirgate/weir/integration/lab"
+	"github.com/weirgate/weir/integration/lab/built"
 	"github.com/weirgate/weir/internal/require"
 	"github.com/weirgate/weir/module/control"
 )
@@ -50,62 +50,7 @@ func seeded(t *testing.T) *rand.Rand {
 	return rand.New(rand.NewPCG(seed, 1))
 }
 
-// built is the directory that binaries were built into, removed at the end.
-var built struct {
-	once sync.Once
-	dir  string
-	err  error
-}
-
-func TestMain(m *testing.M) {
-	code := m.Run()
-	if built.dir != "" {
-		_ = os.RemoveAll(built.dir)
-	}
-	os.Exit(code)
-}
-
-// executable returns the path of the weir executable.
-func executable(t testing.TB) string {
-	t.Helper()
-	if dir := os.Getenv("WEIR_BIN"); dir != "" {
-		abs, err := filepath.Abs(dir)
-		if err != nil {
-			t.Fatal(err)
-		}
-		path := filepath.Join(abs, "weir")
-		if _, err := os.Stat(path); err != nil {
-			t.Fatalf("WEIR_BIN: %v", err)
-		}
-		return path
-	}
-	gotool := require.Tool(t, "go")
-	built.once.Do(func() {
-		if built.dir, built.err = os.MkdirTemp("", "weir-framing-bin-"); built.err != nil {
-			return
-		}
-		plugins := filepath.Join(built.dir, "plugins")
-		if built.err = os.MkdirAll(plugins, 0o755); built.err != nil {
-			return
-		}
-		if built.err = os.Chmod(built.dir, 0o755); built.err != nil {
-			return
-		}
-		for _, b := range [][2]string{
-			{filepath.Join(built.dir, "weir"), "github.com/weirgate/weir/cmd/weir"},
-			{filepath.Join(plugins, "path"), "github.com/weirgate/weir/plugins/path"},
-		} {
-			if out, err := exec.Command(gotool, "build", "-o", b[0], b[1]).CombinedOutput(); err != nil {
-				built.err = fmt.Errorf("go build %s: %w\n%s", b[1], err, out)
-				return
-			}
-		}
-	})
-	if built.err != nil {
-		t.Fatal(built.err)
-	}
-	return filepath.Join(built.dir, "weir")
-}
+func TestMain(m *testing.M) { built.Main(m) }
 
 // A farmText is one farm of a configuration.
 type farmText struct {
@@ -146,7 +91,7 @@ func newRig(t *testing.T, servers int) *rig {
 // start runs weir over these farms and waits until it is ready.
 func (r *rig) start(farms ...farmText) {
 	r.t.Helper()
-	bin := executable(r.t)
+	bin := built.Weir(r.t)
 	dir, err := r.Lab.Subdir("weir")
 	if err != nil {
 		r.t.Fatal(err)

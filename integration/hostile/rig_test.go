@@ -11,65 +11,18 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/weirgate/weir/integration/lab"
+	"github.com/weirgate/weir/integration/lab/built"
 	"github.com/weirgate/weir/internal/require"
 )
 
-// built is the directory that binaries were built into, removed at the end.
-var built struct {
-	once sync.Once
-	dir  string
-	err  error
-}
-
-func TestMain(m *testing.M) {
-	code := m.Run()
-	if built.dir != "" {
-		_ = os.RemoveAll(built.dir)
-	}
-	os.Exit(code)
-}
-
-// binary returns the path of the weir executable.
-func binary(t testing.TB) string {
-	t.Helper()
-	if dir := os.Getenv("WEIR_BIN"); dir != "" {
-		abs, err := filepath.Abs(dir)
-		if err != nil {
-			t.Fatal(err)
-		}
-		path := filepath.Join(abs, "weir")
-		if _, err := os.Stat(path); err != nil {
-			t.Fatalf("WEIR_BIN: %v", err)
-		}
-		return path
-	}
-	gotool := require.Tool(t, "go")
-	built.once.Do(func() {
-		if built.dir, built.err = os.MkdirTemp("", "weir-hostile-bin-"); built.err != nil {
-			return
-		}
-		if built.err = os.Chmod(built.dir, 0o755); built.err != nil {
-			return
-		}
-		out, err := exec.Command(gotool, "build", "-o", filepath.Join(built.dir, "weir"), "github.com/weirgate/weir/cmd/weir").CombinedOutput()
-		if err != nil {
-			built.err = fmt.Errorf("go build: %w\n%s", err, out)
-		}
-	})
-	if built.err != nil {
-		t.Fatal(built.err)
-	}
-	return filepath.Join(built.dir, "weir")
-}
+func TestMain(m *testing.M) { built.Main(m) }
 
 // A rig is a farm with weir on its router.
 type rig struct {
@@ -148,7 +101,7 @@ func (r *rig) reason(name string) (n uint64) {
 // until it is ready. What it wrote is shown when the test fails.
 func (r *rig) start(pool, extra string) {
 	r.t.Helper()
-	bin := binary(r.t)
+	bin := built.Weir(r.t)
 	dir, err := r.Lab.Subdir("weir")
 	if err != nil {
 		r.t.Fatal(err)

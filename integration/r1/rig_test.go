@@ -10,7 +10,6 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -19,6 +18,7 @@ import (
 	"time"
 
 	"github.com/weirgate/weir/integration/lab"
+	"github.com/weirgate/weir/integration/lab/built"
 	"github.com/weirgate/weir/integration/wire"
 	"github.com/weirgate/weir/internal/require"
 )
@@ -50,26 +50,7 @@ func seedOf(t *testing.T) uint64 {
 	return seed
 }
 
-// executable returns the path of the weir executable, and builds it where
-// WEIR_BIN does not name a directory that has it.
-func executable(t *testing.T, dir string) string {
-	t.Helper()
-	if bin := os.Getenv("WEIR_BIN"); bin != "" {
-		path, err := filepath.Abs(filepath.Join(bin, "weir"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := os.Stat(path); err != nil {
-			t.Fatalf("WEIR_BIN: %v", err)
-		}
-		return path
-	}
-	path := filepath.Join(dir, "weir-built")
-	if out, err := exec.Command(require.Tool(t, "go"), "build", "-o", path, "github.com/weirgate/weir/cmd/weir").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
-	return path
-}
+func TestMain(m *testing.M) { built.Main(m) }
 
 // The farms, by their port on the VIP. On each server the farm has the same
 // port.
@@ -133,7 +114,7 @@ func newRig(t *testing.T) *rig {
 	}
 	socket := filepath.Join(run, "admin.sock")
 	r.weir, err = lab.StartWeir(within(t, 30*time.Second), r.Router, lab.WeirOptions{
-		Binary: executable(t, l.Dir()), Config: r.config(run, socket), Dir: dir, Socket: socket,
+		Binary: built.Weir(t), Config: r.config(run, socket), Dir: dir, Socket: socket,
 	})
 	if err != nil {
 		t.Fatal(err)
