@@ -14,6 +14,7 @@ func Canary(seed uint64, clients, connections int) *Scenario {
 	s := Base(seed)
 	r := stream(seed, partShape, 1)
 	s.V6 = r.IntN(8) == 0
+	s.MSS6 = []uint16{olderMSS6, engineMSS}[r.IntN(2)]
 	for d := range s.Wires {
 		s.Wires[d] = Wire{Delay: 200 * microsecond, Jitter: 100 * microsecond, Loss: 0.01}
 	}

@@ -134,6 +134,7 @@ type Kill struct {
 type Scenario struct {
 	Seed    uint64
 	V6      bool
+	MSS6    uint16 // announced to clients of IPv6; 0: olderMSS6
 	Wires   [directions]Wire
 	Conns   []ConnPlan
 	Servers []ServerPlan
@@ -157,6 +158,15 @@ type Scenario struct {
 	// Strict forbids every reset that no plan accounts for.
 	Strict bool
 }
+
+// What the engine announces to clients. The program announces engineMSS to all;
+// with a little less a client is served over connections of the small class,
+// which is what all of IPv6 was until the seed newMSS6.
+const (
+	engineMSS = 1400
+	olderMSS6 = 1380
+	newMSS6   = 1795437000000000000
+)
 
 // defaultPool is what the scenarios start from.
 func defaultPool() farm.PoolLimits {
@@ -204,6 +214,9 @@ func Random(seed uint64) *Scenario {
 	r := stream(seed, partShape, 0)
 	s := Base(seed)
 	s.V6 = r.IntN(5) == 0
+	if seed >= newMSS6 && seed%4 != 0 {
+		s.MSS6 = engineMSS // no draw: older seeds keep their meaning
+	}
 	trouble := r.IntN(4) // 0: none
 	for d := range s.Wires {
 		s.Wires[d] = randomWire(r, trouble)

@@ -3,6 +3,7 @@
 package sim
 
 import (
+	"cmp"
 	"fmt"
 	"hash/crc32"
 	"math/rand/v2"
@@ -186,7 +187,7 @@ func NewWorld(s *Scenario, h Hooks) *World {
 		w.wires[d] = wire{w: w, dir: Direction(d), spec: s.Wires[d], rnd: stream(s.Seed, partWire, uint64(d))}
 	}
 	w.obs.init(w)
-	w.hs = engine.OpenHandshake(w.cookies(), 1400, 1380, func(ep packet.Endpoint) bool { return ep == w.vip })
+	w.hs = engine.OpenHandshake(w.cookies(), engineMSS, cmp.Or(s.MSS6, olderMSS6), func(ep packet.Endpoint) bool { return ep == w.vip })
 	w.syns = flowstore.NewHeap()
 	if err := w.hs.Keep(w.syns); err != nil {
 		panic("sim: " + err.Error())
