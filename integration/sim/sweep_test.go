@@ -84,36 +84,62 @@ func TestSequenceWrapControl(t *testing.T) {
 	}
 }
 
+// scalePairs is how many pairs of window scales there are: none, 0 to 14.
+const scalePairs = 16 * 16
+
+// scaleScenario is a pair of window scales, with buffers of so many bytes, or
+// those that the scale takes, and bodies in both directions.
+func scaleScenario(seed uint64, pair, bytes int) *Scenario {
+	s := Base(seed)
+	buffer := func(scale int8) int {
+		if scale > 0 {
+			return max(bytes, 3<<uint(scale))
+		}
+		return bytes
+	}
+	c := plainConn(get(60_000), post(60_000, 500), get(200))
+	c.ReadPause = 20 * millisecond
+	c.Opt.Scale = int8(pair%16) - 1
+	c.Opt.Buffer = buffer(c.Opt.Scale)
+	s.Conns = []ConnPlan{c, c}
+	s.Conns[1].Host, s.Conns[1].Start = 1, 30*millisecond
+	s.Servers = s.Servers[:1]
+	o := &s.Servers[0].Opt
+	o.Scale = int8(pair/16) - 1
+	o.Buffer = buffer(o.Scale)
+	s.Servers[0].Lazy = 10 * millisecond
+	return s
+}
+
 // TestWindowScales: every pair of scales, and none, with small and large
 // buffers and bodies in both directions.
 func TestWindowScales(t *testing.T) {
-	const n = 16
-	total := n * n * 2
+	const total = 2 * scalePairs
 	sum := runAll(t, upTo(total), func(i int) (*Scenario, Hooks) {
-		s := Base(uint64(i))
-		k := i / 2
-		buffer := func(scale int8) int {
-			small := []int{4 << 10, 300 << 10}[i%2]
-			if scale > 0 {
-				small = max(small, 3<<uint(scale))
-			}
-			return small
-		}
-		c := plainConn(get(60_000), post(60_000, 500), get(200))
-		c.ReadPause = 20 * millisecond
-		c.Opt.Scale = int8(k%n) - 1
-		c.Opt.Buffer = buffer(c.Opt.Scale)
-		s.Conns = []ConnPlan{c, c}
-		s.Conns[1].Host, s.Conns[1].Start = 1, 30*millisecond
-		s.Servers = s.Servers[:1]
-		o := &s.Servers[0].Opt
-		o.Scale = int8(k/n) - 1
-		o.Buffer = buffer(o.Scale)
-		s.Servers[0].Lazy = 10 * millisecond
-		return s, Hooks{}
+		return scaleScenario(uint64(i), i/2, []int{4 << 10, 300 << 10}[i%2]), Hooks{}
 	})
 	if want := total * 6; sum.Exchanges != want && !t.Failed() {
 		t.Errorf("%d of %d exchanges were answered by a server", sum.Exchanges, want)
+	}
+}
+
+// TestWindowScalesControl: an engine whose scale is off by one place, in either
+// direction, is found out with every pair of scales.
+func TestWindowScalesControl(t *testing.T) {
+	for pair := range scalePairs {
+		for _, to := range []Direction{ToClient, ToServer} {
+			// More than W_hold, less than a field without a scale holds.
+			r := Run(scaleScenario(1, pair, 24<<10), Hooks{Emitted: func(_ *World, d Direction, b []byte) []byte {
+				p, _ := packet.ParseTCP(b)
+				if d == to && !p.Flags().Has(packet.SYN) {
+					p.SetWindow(uint16(min(2*uint32(p.Window()), 0xffff)), packet.ChecksumVerified)
+				}
+				return b
+			}})
+			if r.Violation == nil || r.Violation.Invariant != "INV-6" {
+				t.Errorf("scales %d and %d, %v: the observer finds %v", pair%16-1, pair/16-1, to, r.Violation)
+			}
+		}
 	}
 }
 
