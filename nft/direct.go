@@ -100,17 +100,9 @@ func (f *Firewall) RemoveTo(list []Direct) error {
 	if err != nil {
 		return err
 	}
-	c := f.owner
-	if c == nil {
-		if c, err = dial(); err != nil {
-			return err
-		}
-	}
-	if err := c.send(b); err != nil {
-		if c != f.owner {
-			c.close()
-		}
-		return ownedError(r.Table, err)
+	c, err := f.send(b, r.Table)
+	if err != nil {
+		return err
 	}
 	f.gone, f.owner = true, nil
 	return c.close()

@@ -133,17 +133,9 @@ func (f *Firewall) put(encode func(*Ruleset, Kernel) (*batch, error)) error {
 	if err != nil {
 		return err
 	}
-	c := f.owner
-	if c == nil {
-		if c, err = dial(); err != nil {
-			return err
-		}
-	}
-	if err := c.send(b); err != nil {
-		if c != f.owner {
-			c.close()
-		}
-		return ownedError(f.r.Table, err)
+	c, err := f.send(b, f.r.Table)
+	if err != nil {
+		return err
 	}
 	if f.k.Owner {
 		f.owner = c
@@ -151,6 +143,24 @@ func (f *Firewall) put(encode func(*Ruleset, Kernel) (*batch, error)) error {
 	}
 	f.remember()
 	return c.close()
+}
+
+// send commits b, which is about table, over the socket that owns it or, if
+// there is none, over a new one. The caller closes or keeps the connection that
+// it returns. The caller holds the lock or is the only one.
+func (f *Firewall) send(b *batch, table string) (c *conn, err error) {
+	if c = f.owner; c == nil {
+		if c, err = dial(); err != nil {
+			return nil, err
+		}
+	}
+	if err := c.send(b); err != nil {
+		if c != f.owner {
+			c.close()
+		}
+		return nil, ownedError(table, err)
+	}
+	return c, nil
 }
 
 // remember takes the fingerprint of what has just been committed, for a

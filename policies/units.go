@@ -7,6 +7,8 @@ import (
 	"math"
 	"strconv"
 	"strings"
+
+	"github.com/weirgate/weir/internal/units"
 )
 
 // Size is a number of bytes in a configuration: 65536, 64KiB, 1MiB, 2GiB.
@@ -36,31 +38,11 @@ type Rate float64
 
 // UnmarshalText reads a rate. The unit is not case sensitive.
 func (r *Rate) UnmarshalText(t []byte) error {
-	bad := fmt.Errorf("%q is not a rate as in tc, such as 100Mbit, 1Gbit or 12mbps (bytes)", t)
-	s := strings.ToLower(string(t))
-	end := strings.LastIndexAny(s, "0123456789.") + 1
-	num, unit := s[:end], s[end:]
-	bits := 1.0
-	switch {
-	case strings.HasSuffix(unit, "bit"):
-		unit = strings.TrimSuffix(unit, "bit")
-	case strings.HasSuffix(unit, "bps"):
-		unit, bits = strings.TrimSuffix(unit, "bps"), 8
-	case unit != "":
-		return bad
+	v, ok := units.ParseRate(string(t))
+	if !ok {
+		return fmt.Errorf("%q is not a rate as in tc, such as 100Mbit, 1Gbit or 12mbps (bytes)", t)
 	}
-	scale, ok := map[string]float64{
-		"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12,
-		"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40,
-	}[unit]
-	if !ok || num == "" || strings.Trim(num, "0123456789.") != "" {
-		return bad
-	}
-	v, err := strconv.ParseFloat(num, 64)
-	if err != nil {
-		return bad
-	}
-	*r = Rate(v * scale * bits / 8)
+	*r = Rate(v)
 	return nil
 }
 

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"time"
@@ -34,21 +33,8 @@ func (c contender) missing() error {
 	if c.program == "" {
 		return nil
 	}
-	_, err := findProgram(c.program)
+	_, err := lab.FindTool(c.program)
 	return err
-}
-
-func findProgram(name string) (string, error) {
-	p, err := exec.LookPath(name)
-	if err == nil {
-		return p, nil
-	}
-	for _, d := range []string{"/usr/sbin/", "/sbin/", "/usr/local/sbin/"} {
-		if p, e := exec.LookPath(d + name); e == nil {
-			return p, nil
-		}
-	}
-	return "", err
 }
 
 // contenders in the order of the report. The first two are what the others are
@@ -140,7 +126,7 @@ func startNginx(buffers string) func(context.Context, *rig) (*lab.Process, error
 
 // proxy starts a program on the router and waits until it accepts connections.
 func (r *rig) proxy(ctx context.Context, name, config string, args ...string) (*lab.Process, error) {
-	bin, err := findProgram(name)
+	bin, err := lab.FindTool(name)
 	if err != nil {
 		return nil, err
 	}

@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/weirgate/weir/integration/lab"
 )
 
 // sample is one measurement.
@@ -302,7 +304,7 @@ func describe() []string {
 	}
 	versions := []string{runtime.Version()}
 	for _, p := range [][]string{{"haproxy", "-v"}, {"nginx", "-v"}} {
-		bin, err := findProgram(p[0])
+		bin, err := lab.FindTool(p[0])
 		if err != nil {
 			continue
 		}

@@ -173,7 +173,7 @@ http {
 `
 
 func (r *rig) startServer(root string) error {
-	bin, err := findProgram("nginx")
+	bin, err := lab.FindTool("nginx")
 	if err != nil {
 		return fmt.Errorf("the server: %w (make deps installs it)", err)
 	}

@@ -72,7 +72,7 @@ func fileLog(path string) func() (string, error) {
 
 // launch writes a configuration and starts a program with it; the place of the
 // file stands for % in args. It waits until the port answers.
-func (r *rig) launch(name string, h *lab.Host, port uint16, conf string, args ...string) (dir string, out *lockedBuffer) {
+func (r *rig) launch(name string, h *lab.Host, port uint16, conf string, args ...string) (dir string, out *lab.Buffer) {
 	r.t.Helper()
 	dir, err := r.Lab.Subdir(name)
 	if err != nil {
@@ -91,7 +91,7 @@ func (r *rig) launch(name string, h *lab.Host, port uint16, conf string, args ..
 	for i := range args {
 		args[i] = strings.NewReplacer("%", file, "DIR", dir).Replace(args[i])
 	}
-	out = &lockedBuffer{}
+	out = &lab.Buffer{}
 	cmd := h.Command(args[0], args[1:]...)
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.Dir = dir
@@ -246,7 +246,7 @@ func (r *rig) golang(port uint16) *backend {
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	out := &lockedBuffer{}
+	out := &lab.Buffer{}
 	s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
 		_, p, _ := net.SplitHostPort(q.RemoteAddr)
 		fmt.Fprintf(out, "%s\t%s %s %s\n", p, q.Method, q.RequestURI, q.Proto)
@@ -265,7 +265,7 @@ func (r *rig) golang(port uint16) *backend {
 // to say.
 func (r *rig) careless(port uint16) *backend {
 	r.t.Helper()
-	out := &lockedBuffer{}
+	out := &lab.Buffer{}
 	r.serve(0, port, func(c net.Conn) {
 		_, p, _ := net.SplitHostPort(c.RemoteAddr().String())
 		var have []byte
@@ -326,22 +326,4 @@ func (r *rig) serve(host int, port uint16, f func(net.Conn)) {
 		cancel()
 		wg.Wait()
 	})
-}
-
-// lockedBuffer is written by programs and read by tests at the same time.
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }

@@ -44,9 +44,9 @@ func Apache(h *Host, o ApacheOptions) (*ApacheServer, error) {
 	if len(o.Addrs) == 0 {
 		return nil, errors.New("lab: Apache needs an address")
 	}
-	bin, err := findTool("apache2")
+	bin, err := FindTool("apache2")
 	if err != nil {
-		if bin, err = findTool("httpd"); err != nil {
+		if bin, err = FindTool("httpd"); err != nil {
 			return nil, fmt.Errorf("lab: neither apache2 nor httpd: %w", err)
 		}
 	}

@@ -57,7 +57,7 @@ func Nginx(h *Host, o NginxOptions) (*NginxServer, error) {
 	if len(o.Addrs) == 0 {
 		return nil, errors.New("lab: nginx needs an address")
 	}
-	bin, err := findTool("nginx")
+	bin, err := FindTool("nginx")
 	if err != nil {
 		return nil, fmt.Errorf("lab: %w", err)
 	}
@@ -275,9 +275,9 @@ func (n *NginxServer) Accepted() (int, error) {
 	return accepts - int(n.own.Load()), err
 }
 
-// findTool finds a program, also in the system directories that the PATH of an
+// FindTool finds a program, also in the system directories that the PATH of an
 // ordinary user lacks.
-func findTool(name string) (string, error) {
+func FindTool(name string) (string, error) {
 	p, err := exec.LookPath(name)
 	if err == nil {
 		return p, nil

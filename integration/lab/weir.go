@@ -13,7 +13,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 )
@@ -40,7 +39,7 @@ type Weir struct {
 	Host    *Host
 	Proc    *Process
 	options WeirOptions
-	log     lockedBuffer
+	log     Buffer
 }
 
 // NewWeir starts "weir run" inside the namespace and returns at once.
@@ -220,23 +219,4 @@ func (f *Farm) Config(o ConfigOptions) string {
 	fmt.Fprintf(&b, "admin: {socket: %q}\n", o.Socket())
 	b.WriteString(o.Extra)
 	return b.String()
-}
-
-// lockedBuffer is written by the copying goroutines of a command and read by
-// tests at the same time.
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }

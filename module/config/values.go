@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/weirgate/weir/internal/units"
 )
 
 // valueError says what is wrong with one value and what would be right.
@@ -137,33 +139,12 @@ func (r Rate) String() string {
 // MarshalText writes what UnmarshalText reads.
 func (r Rate) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
 
-// UnmarshalText reads a rate as tc does (tc(8), "PARAMETERS: RATES"). The unit
-// is not case sensitive.
+// UnmarshalText reads a rate, see units.ParseRate.
 func (r *Rate) UnmarshalText(t []byte) error {
-	s := strings.ToLower(string(t))
-	end := strings.LastIndexAny(s, "0123456789.") + 1
-	num, unit := s[:end], s[end:]
-	bits := 1.0
-	switch {
-	case strings.HasSuffix(unit, "bit"):
-		unit = strings.TrimSuffix(unit, "bit")
-	case strings.HasSuffix(unit, "bps"):
-		unit, bits = strings.TrimSuffix(unit, "bps"), 8
-	case unit != "":
+	v, ok := units.ParseRate(string(t))
+	if !ok {
 		return badValue(string(t), expectRate)
 	}
-	scale, ok := map[string]float64{
-		"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12,
-		"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40,
-	}[unit]
-	if !ok || num == "" || strings.Trim(num, "0123456789.") != "" {
-		return badValue(string(t), expectRate)
-	}
-	v, err := strconv.ParseFloat(num, 64)
-	if err != nil {
-		return badValue(string(t), expectRate)
-	}
-	v = v * scale * bits / 8
 	if v >= 1<<62 {
 		return &valueError{string(t) + " is too large", expectRate}
 	}
