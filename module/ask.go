@@ -4,6 +4,7 @@ package module
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"sync"
 	"sync/atomic"
@@ -12,6 +13,7 @@ import (
 	"github.com/weirgate/weir/module/engine"
 	"github.com/weirgate/weir/module/packet"
 	"github.com/weirgate/weir/nft"
+	"github.com/weirgate/weir/plugins/host"
 	"github.com/weirgate/weir/policies"
 	"github.com/weirgate/weir/policies/snapshot"
 )
@@ -25,6 +27,7 @@ type answered struct {
 	id     uint64
 	answer *snapshot.Answer
 	ttl    time.Duration
+	busy   bool // not asked: as many questions are open there as may be
 }
 
 // askPlugins sends off what the last steps want to know.
@@ -33,7 +36,7 @@ func (s *shard) askPlugins() {
 		q := s.out.Questions[i]
 		go func() {
 			a := answered{id: q.ID}
-			a.answer, a.ttl = s.m.askPlugin(&q)
+			a.answer, a.ttl, a.busy = s.m.askPlugin(&q)
 			select {
 			case s.answers <- a:
 				s.queue.Wake()
@@ -77,21 +80,22 @@ func (m *Module) banLoop(ctx context.Context) {
 	}
 }
 
-// askPlugin asks; without an answer it returns nil.
-func (m *Module) askPlugin(q *engine.Question) (*snapshot.Answer, time.Duration) {
+// askPlugin asks; without an answer it returns nil. busy says that the plugin
+// was not asked because of ask.concurrency.
+func (m *Module) askPlugin(q *engine.Question) (a *snapshot.Answer, ttl time.Duration, busy bool) {
 	key := m.host.About(q.Policy).Ask
 	if key == nil {
-		return nil, 0
+		return nil, 0, false
 	}
 	k, err := key.ParseKey(q.Key)
 	if err != nil {
-		return nil, 0 // the plugin asks for something else by now
+		return nil, 0, false // the plugin asks for something else by now
 	}
-	a, ttl, err := m.host.Ask(context.Background(), q.Farm.Name, q.Policy, &policies.Question{Key: k, Attempt: q.Attempt, Tried: q.Tried})
+	a, ttl, err = m.host.Ask(context.Background(), q.Farm.Name, q.Policy, &policies.Question{Key: k, Attempt: q.Attempt, Tried: q.Tried})
 	if err != nil {
-		return nil, 0 // the host counts it, and why
+		return nil, 0, errors.Is(err, host.ErrBusy) // the host counts it, and why
 	}
-	return a, ttl
+	return a, ttl, false
 }
 
 // bans are the clients that plugins want to be kept away: their packets are

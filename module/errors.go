@@ -71,6 +71,10 @@ func (s *shard) letters(now int64) {
 		case n := <-s.narrow:
 			s.engine.TooBig(n.dst, n.mtu)
 		case a := <-s.answers:
+			if a.busy {
+				s.engine.Busy(now, a.id, &s.out)
+				continue
+			}
 			s.engine.Answer(now, a.id, a.answer, int64(a.ttl), &s.out)
 		default:
 			return

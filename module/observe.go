@@ -20,7 +20,7 @@ const observePace = time.Second
 // telling are the engine's reasons that become events when they are counted.
 var telling = append([]engine.Reason{
 	engine.ReasonTableFull, engine.ReasonConnectionLimit, engine.ReasonClientLimit, engine.ReasonEmbryosFull, engine.ReasonTombsFull,
-	engine.ReasonKeptFull, engine.ReasonHeldFull, engine.ReasonResetLimit, engine.ReasonAskFull, engine.ReasonNoPort, engine.ReasonWaitingFull, engine.ReasonWaitTimeout,
+	engine.ReasonKeptFull, engine.ReasonHeldFull, engine.ReasonResetLimit, engine.ReasonAskFull, engine.ReasonAskBusy, engine.ReasonNoPort, engine.ReasonWaitingFull, engine.ReasonWaitTimeout,
 	engine.ReasonBadResponse, engine.ReasonExtraBytes, engine.ReasonIdleBytes, engine.ReasonAckCausality, engine.ReasonTruncatedResponse,
 }, engine.Refusals()...)
 

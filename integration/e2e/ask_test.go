@@ -215,6 +215,96 @@ func TestAskIsolated(t *testing.T) {
 	a.stop(a.w)
 }
 
+// TestAskConcurrency: as many questions are open at a plugin as may be, and as
+// many again come. These get the farm's fallback, counted, and told as an event;
+// a response that runs is not touched, the other farm is served, and when the
+// plugin has answered, newcomers are asked about again.
+func TestAskConcurrency(t *testing.T) {
+	const limit, size = 4, 4 << 20
+	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2, NoIPv6: true})
+	r.farmhands(size)
+	gate := filepath.Join(t.TempDir(), "gate")
+	for d := filepath.Dir(gate); d != os.TempDir() && d != "/"; d = filepath.Dir(d) {
+		if err := os.Chmod(d, 0o755); err != nil { // the plugin's user is nobody
+			t.Fatal(err)
+		}
+	}
+	turn := func(open bool) {
+		t.Helper()
+		err := os.Remove(gate)
+		if open {
+			err = os.WriteFile(gate, nil, 0o644)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	turn(true)
+	w := r.start(lab.ConfigOptions{
+		Policies: "[{use: odd, fallback: reject, config: {delay: -1s}}]",
+		Plugins:  fmt.Sprintf("[{name: odd, command: [%q, ask, %q], ask: {deadline: 1m, concurrency: %d}}]", oddPlugin(t), gate, limit),
+	})
+	decisions := func() control.PluginDecisions { return r.pluginsOf(w)["odd"].Decisions }
+	client := r.Clients[0].HTTPClient(lab.HTTPClientOptions{Timeout: time.Minute})
+	get := func(path string) (int, int64) {
+		resp, err := client.Get("http://" + r.VIP().String() + path)
+		if err != nil {
+			return 0, 0
+		}
+		defer resp.Body.Close()
+		n, _ := io.Copy(io.Discard, resp.Body)
+		return resp.StatusCode, n
+	}
+	running, err := client.Get("http://" + r.VIP().String() + "/established")
+	if err != nil || running.StatusCode != http.StatusOK {
+		t.Fatalf("before: %v %v", running, err)
+	}
+	defer running.Body.Close()
+
+	turn(false)
+	all := make(chan int, 2*limit)
+	for i := range cap(all) {
+		go func() {
+			status, _ := get(fmt.Sprintf("/%d", i))
+			all <- status
+		}()
+	}
+	until(t, 20*time.Second, "those that find it busy", func() bool { return decisions().Busy >= limit })
+	if d := decisions(); d.Busy != limit || d.Late+d.Failed+d.Refused != 0 {
+		t.Errorf("at twice the limit: %+v, want %d that found it busy", d, limit)
+	}
+	if n, err := io.Copy(io.Discard, running.Body); n != size || err != nil {
+		t.Errorf("who was established got %d of %d bytes: %v", n, size, err)
+	}
+	until(t, 10*time.Second, "the event of the limit", func() bool { return strings.Contains(r.mustWeir("events"), "ask-busy") })
+
+	turn(true)
+	asked, refused := 0, 0
+	for range cap(all) {
+		switch status := <-all; status {
+		case http.StatusOK:
+			asked++
+		case http.StatusServiceUnavailable:
+			refused++
+		default:
+			t.Errorf("status %d", status)
+		}
+	}
+	// Who waits for the plugin longer than two seconds gets the fallback, too.
+	if t.Logf("%d served, %d refused", asked, refused); refused < limit {
+		t.Errorf("%d got the fallback, want %d", refused, limit)
+	}
+	before := decisions()
+	if status, n := get("/again"); status != http.StatusOK || n != size {
+		t.Errorf("afterwards: status %d, %d bytes", status, n)
+	}
+	if d := decisions(); d.Answered != before.Answered+1 || d.Busy != limit {
+		t.Errorf("afterwards %+v, before %+v: the plugin was not asked", d, before)
+	}
+	client.CloseIdleConnections()
+	r.stop(w)
+}
+
 // TestVerdictsInKernel: what an answer says about packets is done by the
 // kernel. A mark is on the connection's packets, so that tc puts them into a
 // class; a banned client is in a set of nftables, for its time.

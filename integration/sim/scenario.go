@@ -51,6 +51,7 @@ type ReplyPlan struct {
 	Gap     int64
 	Fault   Fault
 	At      float64 // where the fault strikes, share of the response
+	Lag     int64   // of FaultExtra: so long after the response, and the server goes on
 }
 
 // ReqPlan is one request.

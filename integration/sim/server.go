@@ -237,7 +237,12 @@ func (c *serverConn) answered(x *Exchange) {
 		c.conn.CloseWrite()
 		return
 	case FaultExtra:
-		c.conn.Write([]byte("HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n"))
+		more := func() { c.conn.Write([]byte("HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")) }
+		if x.Reply.Lag > 0 {
+			c.s.w.after(x.Reply.Lag, more)
+			break
+		}
+		more()
 		c.left = true
 	}
 	c.early = x.Reply.Early && c.cur != nil // the rest of the request is still to come

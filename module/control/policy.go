@@ -66,7 +66,8 @@ type PluginDecisions struct {
 	Answered uint64 `json:"answered"`
 	Late     uint64 `json:"late"`
 	Failed   uint64 `json:"failed"`
-	Refused  uint64 `json:"refused"` // not sent: it does not run, too many, or it is given a rest
+	Busy     uint64 `json:"busy"`    // not sent: as many were open as may be
+	Refused  uint64 `json:"refused"` // not sent: it does not run, or is given a rest
 }
 
 // PluginFarm is what a plugin said about a farm, and what came of it. The

@@ -184,6 +184,16 @@ func (e *Engine) Answer(now int64, id uint64, answer *snapshot.Answer, ttl int64
 	e.act(now, out, func() { e.answerQuestion(id, answer, ttl) })
 }
 
+// Busy is Answer without one, for a question that was not asked because as many
+// are open at the plugin as may be. It is counted.
+func (e *Engine) Busy(now int64, id uint64, out *Output) {
+	if e.asking.open[id] == nil {
+		return
+	}
+	e.Count.add(ReasonAskBusy)
+	e.Answer(now, id, nil, 0, out)
+}
+
 func (e *Engine) answerQuestion(id uint64, answer *snapshot.Answer, ttl int64) {
 	q := &e.asking
 	n := q.open[id]

@@ -303,6 +303,91 @@ func TestEnvoy28105(t *testing.T) {
 	}
 }
 
+// TestEnvoy47468: a server closes connections that were idle for 200 ms, without
+// having announced it, and a request is on its way to it at that moment. A proxy
+// that has written the request cannot tell that nobody read it, and answers 503
+// unless it may repeat whatever failed. Here the acknowledgment numbers tell: in
+// every order of the crossing the request, POST too, goes once to a connection
+// that answers it, and connections are retired before their time from then on.
+// The controls: of a request that the server had, and of a bare reset, which
+// proves nothing, only what is idempotent is repeated.
+func TestEnvoy47468(t *testing.T) {
+	const kept = 200 * millisecond
+	for _, c := range []struct {
+		name   string
+		before bool // the FIN comes before the request
+		fl     packet.Flags
+		acked  bool // it acknowledges the request
+		then   bool // a reset in answer to the request follows
+		proof  bool
+	}{
+		{name: "FIN before the request", before: true, fl: fin | ack},
+		{name: "FIN crosses", fl: fin | ack, proof: true},
+		{name: "FIN crosses, reset follows", fl: fin | ack, then: true, proof: true},
+		{name: "reset with its number crosses", fl: rst | ack, proof: true},
+		{name: "FIN lost, bare reset", fl: rst},
+		{name: "FIN behind the request", fl: fin | ack, acked: true},
+	} {
+		for _, method := range []string{"GET", "POST"} {
+			t.Run(c.name+", "+method, func(t *testing.T) {
+				g, a := served(t)
+				g.now += kept
+				over := seg{fl: c.fl, seq: a.sseq, ack: a.sack}
+				if c.fl == rst {
+					over.ack = 0
+				}
+				if c.before {
+					g.play(g.raw(a.srv, ep2(a.port), over))
+				}
+				req := method + " /b HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n"
+				b := g.dial(c2, 7000)
+				b.srv, b.port, b.sseq, b.sack = a.srv, a.port, a.sseq, a.sack
+				b.ask(req, 5_000_000)
+				if (b.port == a.port) == c.before || string(b.fromClient) != req {
+					t.Fatalf("the request is %q on port %d, the idle connection's was %d", b.fromClient, b.port, a.port)
+				}
+				if !c.before {
+					if c.acked {
+						over.ack = b.sack
+					}
+					b.note(g.play(g.raw(a.srv, ep2(a.port), over)), 5_000_000)
+					if c.then {
+						b.note(g.play(g.raw(a.srv, ep2(a.port), seg{fl: rst, seq: a.sseq + 1})), 5_000_000)
+					}
+				}
+				if !c.before && !c.proof && method == "POST" {
+					if !strings.HasPrefix(string(b.fromServer), "HTTP/1.1 502 ") || g.e.Usage().Servers > 1 {
+						t.Errorf("a POST whose fate is unknown: the client gets %q, %+v", b.fromServer, g.e.Usage())
+					}
+					return
+				}
+				if b.port == a.port || string(b.fromClient) != req {
+					t.Fatalf("not redispatched: %q on port %d: %s", b.fromClient, b.port, g.counts())
+				}
+				want := marked(120, "B")
+				if b.answer(want); string(b.fromServer) != want {
+					t.Errorf("the client gets %q", b.fromServer)
+				}
+				proofs := g.e.Count.Get(ReasonRedispatchProof)
+				if c.proof != (proofs == 1) || (!c.before && !c.proof) != (g.e.Count.Get(ReasonRedispatchIdempotent) == 1) {
+					t.Errorf("redispatches: %s", g.counts())
+				}
+				if !c.before {
+					return
+				}
+				// What was seen of the server's time is kept to.
+				told := false
+				for _, line := range g.wait(kept - millisecond) {
+					told = told || strings.HasPrefix(line, "S1 FIN")
+				}
+				if !told {
+					t.Errorf("the next idle connection is not closed before the server does: %s", g.counts())
+				}
+			})
+		}
+	}
+}
+
 // TestTCPSPWithoutSACK: a splicer that does not map SACK blocks gives the
 // sender numbers of another space. They are mapped, and stripped for an end
 // that did not agree on them.

@@ -4,6 +4,7 @@ package engine
 
 import (
 	"fmt"
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -17,11 +18,15 @@ import (
 
 // established opens a connection whose response runs; the function that it
 // returns lets the response go on and fails the test if a byte is missing.
-func established(g *rig) (goOn func()) {
+// With a plugin that is asked, answered gives its answer.
+func established(g *rig, answered ...func() []sent) (goOn func()) {
 	g.t.Helper()
 	g.iss = append([]packet.Seq{4_100_000_000}, g.iss...)
 	a := g.dial(c2, 4_200_000_000)
 	a.ask(get("/established", 80), 4_000_000_000)
+	for _, f := range answered {
+		a.note(f(), 4_000_000_000)
+	}
 	want := marked(90_000, "E")
 	n := 0
 	goOn = func() {
@@ -39,6 +44,23 @@ func established(g *rig) (goOn func()) {
 	return goOn
 }
 
+// newcomer fails the test if a client that comes within a second is not served.
+func newcomer(g *rig) {
+	g.t.Helper()
+	g.wait(second - millisecond)
+	g.hs.Cookies = g.cookies
+	g.iss = []packet.Seq{4_150_000_000}
+	p := g.dial(netip.AddrPortFrom(c1.Addr(), 61_000), 4_250_000_000)
+	p.ask(get("/newcomer", 60), 4_260_000_000)
+	if string(p.fromClient) != get("/newcomer", 60) {
+		g.t.Fatalf("a newcomer's server gets %q: %s", p.fromClient, g.counts())
+	}
+	want := marked(2000, "N")
+	if p.answer(want); string(p.fromServer) != want {
+		g.t.Errorf("a newcomer gets %d of %d bytes", len(p.fromServer), len(want))
+	}
+}
+
 // TestQuestionLimit: as many requests wait for a plugin as may, and as many
 // again. These get the farm's fallback at once; when the answers come, the next
 // ones are asked about again.
@@ -46,6 +68,12 @@ func TestQuestionLimit(t *testing.T) {
 	g := newRig(t, oneServer, policy(snapshot.Policy{Name: "auth", Ask: &snapshot.AskKey{Path: true}, Fallback: snapshot.FallbackReject}),
 		small(func(p *farm.PoolLimits) { p.MaxConnections = 0 }))
 	g.shrink(3*maxQuestions, 3*maxQuestions, 3*maxQuestions)
+	to := &snapshot.Answer{Servers: []snapshot.Score{{Server: "s1"}}}
+	goOn := established(g, func() []sent {
+		g.out.Reset()
+		g.e.Answer(g.now, 1, to, 0, &g.out)
+		return g.gather(nil)
+	})
 	var questions []uint64
 	refused := 0
 	for i := range 2 * maxQuestions {
@@ -65,12 +93,48 @@ func TestQuestionLimit(t *testing.T) {
 	if len(questions) != maxQuestions || refused != maxQuestions || g.e.Count.Get(ReasonAskFull) != maxQuestions {
 		t.Errorf("%d questions, %d refused by 503, %d counted, want %d of each", len(questions), refused, g.e.Count.Get(ReasonAskFull), maxQuestions)
 	}
-	to := &snapshot.Answer{Servers: []snapshot.Score{{Server: "s1"}}}
+	goOn()
 	for _, id := range questions {
 		g.answered(id, to, second)
 	}
 	if q, _ := g.asks(c1, 77, "/again"); len(q) != 1 {
 		t.Errorf("after the answers a newcomer is not asked about: %s", g.counts())
+	}
+	goOn()
+}
+
+// TestQuestionBusy: a plugin that has as many questions open as it may gives no
+// answer. The request gets the farm's fallback at once, and it is counted; the
+// next one is asked about as before. The control: an answer that is only missing
+// is counted as late, not as busy.
+func TestQuestionBusy(t *testing.T) {
+	g := newRig(t, oneServer, policy(snapshot.Policy{Name: "auth", Ask: &snapshot.AskKey{Path: true}, Fallback: snapshot.FallbackReject}))
+	refused := func(isn packet.Seq, path string, end func(id uint64)) bool {
+		who := user(int(isn))
+		q, _ := g.asks(who, isn, path)
+		if len(q) != 1 {
+			t.Fatalf("%s: %d questions", path, len(q))
+		}
+		g.out.Reset()
+		end(q[0].ID)
+		for _, s := range g.gather(nil) {
+			if s.dst == who && strings.HasPrefix(string(s.data), "HTTP/1.1 503 ") {
+				return true
+			}
+		}
+		return false
+	}
+	busy := func(id uint64) { g.e.Busy(g.now, id, &g.out) }
+	if !refused(500, "/busy", busy) || g.e.Count.Get(ReasonAskBusy) != 1 {
+		t.Errorf("busy: no fallback, or not counted: %s", g.counts())
+	}
+	if !refused(600, "/late", func(id uint64) { g.e.Answer(g.now, id, nil, 0, &g.out) }) || g.e.Count.Get(ReasonAskBusy) != 1 {
+		t.Errorf("without an answer: %s", g.counts())
+	}
+	// Of a question that is not open any more nothing is counted.
+	g.out.Reset()
+	if busy(1); g.out.Len() != 0 || g.e.Count.Get(ReasonAskBusy) != 1 {
+		t.Errorf("of an old question: %s", g.counts())
 	}
 }
 
@@ -128,6 +192,7 @@ func TestEmbryoLimit(t *testing.T) {
 			t.Errorf("after %d s: %d served, %d reset, want %d served: %s", wait/second, served, reset, want, g.counts())
 		}
 		goOn()
+		newcomer(g)
 	}
 }
 
@@ -153,6 +218,7 @@ func TestTombstoneLimit(t *testing.T) {
 	if u := g.e.Usage(); u.Tombs != room || u.Clients != 1 {
 		t.Errorf("%+v", u)
 	}
+	newcomer(g)
 }
 
 // TestKeptLimit: clients whose first segment is lost send what comes behind it,
@@ -199,6 +265,17 @@ func TestKeptLimit(t *testing.T) {
 	goOn()
 	if u := g.e.Usage(); u.Kept != 0 {
 		t.Errorf("%+v", u)
+	}
+	// Now there is room again: what comes behind a gap is kept, and need not be
+	// sent twice.
+	g.iss = []packet.Seq{4_050_000_000}
+	p := g.dial(user(clients+1), 4_100_000_000)
+	p.note(g.play(g.raw(p.cli, vip, seg{fl: ack, seq: p.cseq, ack: p.cack, data: head[:1]})), 3_000_000_000)
+	for k := pieces - 1; k >= 0; k-- {
+		p.note(g.play(g.raw(p.cli, vip, seg{fl: ack, seq: p.cseq + packet.Seq(k*size), ack: p.cack, data: head[k*size : (k+1)*size]})), 3_000_000_000)
+	}
+	if string(p.fromClient) != head {
+		t.Errorf("afterwards: the server got %d of %d bytes, %s", len(p.fromClient), len(head), g.counts())
 	}
 }
 

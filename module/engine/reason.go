@@ -88,6 +88,7 @@ const (
 	ReasonNoPort
 	ReasonSurge
 	ReasonAskFull
+	ReasonAskBusy
 	ReasonPreopened
 	ReasonICMPTranslated
 	ReasonICMPForeign
@@ -201,7 +202,7 @@ var reasonNames = [reasonCount]string{
 	"idle-bytes", "isolated", "early-response", "ack-causality", "idle-timeout", "max-requests", "max-age", "max-idle",
 	"drain-limit", "server-gone",
 	"redispatch-proof", "redispatch-idempotent", "redispatch-connect",
-	"accepted", "retransmitted", "drained", "waited", "waiting-full", "wait-timeout", "no-port", "surge", "ask-full", "preopened",
+	"accepted", "retransmitted", "drained", "waited", "waiting-full", "wait-timeout", "no-port", "surge", "ask-full", "ask-busy", "preopened",
 	"icmp-translated", "icmp-foreign", "icmp-ignored", "ack-loop", "reincarnated",
 	"killed", "vip-gone", "takeover", "quarantined",
 	"route-unsafe", "forwarded-fields", "body-refused", "slow-body", "expect-held", "unasked-switch",

@@ -321,7 +321,7 @@ func (x scrape) plugin(p *host.Status) {
 	x.is(pluginUp, p.State == host.StateUp, p.Plugin)
 	x.count(pluginRestarts, p.Restarts, p.Plugin)
 	x.is(pluginResting, p.Resting, p.Plugin)
-	for why, n := range map[string]uint64{"answered": p.Decisions.Answered, "late": p.Decisions.Late, "failed": p.Decisions.Failed, "refused": p.Decisions.Refused} {
+	for why, n := range map[string]uint64{"answered": p.Decisions.Answered, "late": p.Decisions.Late, "failed": p.Decisions.Failed, "busy": p.Decisions.Busy, "refused": p.Decisions.Refused} {
 		x.count(pluginAnswers, n, p.Plugin, why)
 	}
 	for _, f := range p.Farms {

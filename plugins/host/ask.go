@@ -42,13 +42,14 @@ type Decisions struct {
 	Answered uint64 `json:"answered"` // in time
 	Late     uint64 `json:"late"`
 	Failed   uint64 `json:"failed"`  // answered by an error, or by nonsense
-	Refused  uint64 `json:"refused"` // not sent: none runs, too many, or a rest
+	Busy     uint64 `json:"busy"`    // not sent: as many were open as may be
+	Refused  uint64 `json:"refused"` // not sent: none runs, or a rest
 }
 
 // asker bounds what a plugin is asked. It outlives the plugin's processes.
 type asker struct {
-	answered, late, failed, refused atomic.Uint64
-	open                            atomic.Int64
+	answered, late, failed, busy, refused atomic.Uint64
+	open                                  atomic.Int64
 
 	mu    sync.Mutex // guards what follows
 	fails int        // in a row
@@ -90,8 +91,8 @@ func (a *asker) done(now time.Time, err error) {
 }
 
 func (a *asker) count() Decisions {
-	d := Decisions{Answered: a.answered.Load(), Late: a.late.Load(), Failed: a.failed.Load(), Refused: a.refused.Load()}
-	d.Asked = d.Answered + d.Late + d.Failed + d.Refused
+	d := Decisions{Answered: a.answered.Load(), Late: a.late.Load(), Failed: a.failed.Load(), Busy: a.busy.Load(), Refused: a.refused.Load()}
+	d.Asked = d.Answered + d.Late + d.Failed + d.Busy + d.Refused
 	return d
 }
 
@@ -110,7 +111,11 @@ func (h *Host) Ask(ctx context.Context, farm, plugin string, q *policies.Questio
 		return nil, 0, ErrNotAsked
 	}
 	if err := s.asks.admit(time.Now(), most); err != nil {
-		s.asks.refused.Add(1)
+		if errors.Is(err, ErrBusy) {
+			s.asks.busy.Add(1)
+		} else {
+			s.asks.refused.Add(1)
+		}
 		return nil, 0, err
 	}
 	answer, ttl, err := s.ask(ctx, p, deadline, policies.QuestionToProto(farm, q))

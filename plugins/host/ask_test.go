@@ -109,7 +109,7 @@ func TestHostAsk(t *testing.T) {
 	}
 	eventually(t, "the end of the rest", func() bool { _, _, err := ask("/s1"); return err == nil })
 	d := h.Status()[0].Decisions
-	if d.Answered < 3 || d.Late < 5 || d.Failed < 2 || d.Refused < 3 || d.Asked != d.Answered+d.Late+d.Failed+d.Refused {
+	if d.Answered < 3 || d.Late < 5 || d.Failed < 2 || d.Busy < 1 || d.Refused < 2 || d.Asked != d.Answered+d.Late+d.Failed+d.Busy+d.Refused {
 		t.Errorf("%+v", d)
 	}
 	// A process that is gone is not asked, and its successor is.

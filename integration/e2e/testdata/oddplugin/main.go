@@ -16,7 +16,7 @@ import (
 )
 
 type odd struct {
-	Delay time.Duration `json:"delay"` // of Decide; below 0: for ever
+	Delay time.Duration `json:"delay"` // of Decide; below 0: for ever, or until there is a file that the second argument names
 	Score float64       `json:"score"`
 	mode  string
 	began time.Time
@@ -38,10 +38,10 @@ func (o *odd) Tick(farm policies.Farm, _ *policies.Telemetry) (*policies.Snapsho
 }
 
 func (o *odd) Decide(farm policies.Farm, q *policies.Question) (*policies.Answer, error) {
-	if o.Delay < 0 {
-		select {}
+	for o.Delay < 0 && !opened() {
+		time.Sleep(10 * time.Millisecond)
 	}
-	time.Sleep(o.Delay)
+	time.Sleep(max(o.Delay, 0))
 	last := []string{farm.Servers[len(farm.Servers)-1].Name}
 	switch {
 	case strings.HasPrefix(q.Path, "/forbidden"):
@@ -52,6 +52,15 @@ func (o *odd) Decide(farm policies.Farm, q *policies.Question) (*policies.Answer
 		return &policies.Answer{Servers: last, Mark: 0x10}, nil
 	}
 	return &policies.Answer{Servers: last}, nil
+}
+
+// opened says whether the file is there that ends the wait.
+func opened() bool {
+	if len(os.Args) < 3 {
+		return false
+	}
+	_, err := os.Stat(os.Args[2])
+	return err == nil
 }
 
 func main() {
