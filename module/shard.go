@@ -53,6 +53,7 @@ type shard struct {
 	out     engine.Output
 	pkts    [][]byte
 	spent   farm.Histogram // per batch of packets, until its verdicts
+	pause   pause
 }
 
 // batchSize is how many packets are handled between two looks at the clock.
@@ -129,6 +130,7 @@ func (s *shard) run() error {
 		now := s.m.clock.now()
 		s.out.Reset()
 		if s.role == roleShard {
+			s.engine.HoldTimers(s.pause.look(now, n))
 			if d := s.m.db.Load(); d != db {
 				db = d
 				s.engine.SetDB(db)

@@ -13,7 +13,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -54,17 +53,14 @@ func echo(l *ledger) http.Handler {
 
 // A visitor makes client connections and writes down what happens on them.
 type visitor struct {
-	ledger *ledger
-	rnd    *rand.Rand
-	dial   func(context.Context) (net.Conn, error)
-	done   *atomic.Int64 // requests begun
-	total  int64
-	whole  *atomic.Int64 // answers that came whole
+	ledger  *ledger
+	rnd     *rand.Rand
+	dial    func(context.Context) (net.Conn, error)
+	done    *atomic.Int64 // requests begun
+	total   int64
+	whole   *atomic.Int64 // answers that came whole
+	slowest *atomic.Int64 // of these, ns
 }
-
-// errBusy is an honest refusal: clients that are gone without a word keep the
-// four connections busy for a while, and a request has waited its time.
-var errBusy = errors.New("503 Service Unavailable")
 
 // visit makes one connection with a few requests. It leaves at a drawn byte of
 // what it sends or of what it receives, by FIN or RST, or after its last
@@ -116,6 +112,7 @@ func (v *visitor) visit(ctx context.Context) error {
 		if fate == 1 {
 			received.left = v.rnd.IntN(1500)
 		}
+		asked := time.Now()
 		if _, err := io.WriteString(tcp, req); err != nil {
 			return fmt.Errorf("request %d: %w", i, err)
 		}
@@ -131,10 +128,8 @@ func (v *visitor) visit(ctx context.Context) error {
 			return nil
 		case err != nil:
 			return fmt.Errorf("request %d of %d: %w (%d bytes so far)", i, n, err, len(received.all))
-		case resp.StatusCode == http.StatusServiceUnavailable:
-			return errBusy
 		case resp.StatusCode != http.StatusOK:
-			return fmt.Errorf("request %d of %d: %s", i, n, resp.Status)
+			return fmt.Errorf("request %d of %d: %s after %v, %s", i, n, resp.Status, time.Since(asked), req[:4])
 		}
 		path, _, _ = strings.Cut(path, "?")
 		want := strings.Repeat(nonce+"\n", len(path)*7%90)
@@ -143,6 +138,11 @@ func (v *visitor) visit(ctx context.Context) error {
 		}
 		s.complete[i] = true
 		v.whole.Add(1)
+		for took := int64(time.Since(asked)); ; {
+			if old := v.slowest.Load(); took <= old || v.slowest.CompareAndSwap(old, took) {
+				break
+			}
+		}
 	}
 	return nil
 }
@@ -177,12 +177,13 @@ func (r *recorder) Read(p []byte) (int, error) {
 // and how many of these were answered whole.
 func crowd(ctx context.Context, t *testing.T, l *ledger, s uint64, clients int, total int64, dial func(ctx context.Context, client int) (net.Conn, error)) (begun, whole int64, errs []error) {
 	limit, limited := t.Deadline()
-	var done, answered atomic.Int64
+	var done, answered, slowest atomic.Int64
+	defer func() { t.Logf("the slowest of them after %v", time.Duration(slowest.Load()).Round(time.Millisecond)) }()
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	for i := range clients {
 		wg.Go(func() {
-			v := &visitor{ledger: l, rnd: rand.New(rand.NewPCG(s, uint64(i))), done: &done, total: total, whole: &answered,
+			v := &visitor{ledger: l, rnd: rand.New(rand.NewPCG(s, uint64(i))), done: &done, total: total, whole: &answered, slowest: &slowest,
 				dial: func(ctx context.Context) (net.Conn, error) { return dial(ctx, i) }}
 			for done.Load() < total && ctx.Err() == nil && !(limited && time.Until(limit) < 90*time.Second) {
 				if err := v.visit(ctx); err != nil {
@@ -199,51 +200,74 @@ func crowd(ctx context.Context, t *testing.T, l *ledger, s uint64, clients int, 
 
 // TestCanary: two hundred clients that come and go at any byte, over four
 // server connections, on links that lose one packet in a hundred each way.
-// Nobody gets a byte of another's exchange, and no request runs twice.
+// Nobody gets a byte of another's exchange, and no request runs twice. Who does
+// not leave is answered by a server: nothing that the links lose takes as long
+// to repair as a request may wait, a server may be silent, or a client may take
+// for its body.
 func TestCanary(t *testing.T) {
 	t.Parallel()
-	total, limit := int64(5000), 4*time.Minute
+	// What bounds a crowd are not the processors but the losses: a connection
+	// that lost a packet waits for a timer. So in soak there are several, each
+	// with a farm and connections of its own.
+	total, limit, crowds := int64(5000), 4*time.Minute, 1
 	if os.Getenv("WEIR_SOAK") != "" {
-		total, limit = 1_000_000, 8*time.Hour
+		total, limit, crowds = 1_000_000, 8*time.Hour, 12
 	}
 	const clients, connections = 200, 4
 	r := newRig(t, lab.FarmOptions{Clients: 2, Servers: 1})
+	pool := fmt.Sprintf("{max_connections: %d, wait_timeout: 60s}", connections)
+	r.farms, r.pools = crowds-1, ", pool: "+pool
 	l := newLedger()
-	server, err := lab.HTTPServer(r.Servers[0], r.Server(0).String(), echo(l))
-	if err != nil {
-		t.Fatal(err)
+	var servers []*lab.Server
+	vips := []string{r.VIP().String()}
+	for i := range crowds {
+		at := r.Server(0).String()
+		if i > 0 {
+			at, vips = r.server(i-1), append(vips, r.vip(i-1))
+		}
+		s, err := lab.HTTPServer(r.Servers[0], at, echo(l))
+		if err != nil {
+			t.Fatal(err)
+		}
+		servers = append(servers, s)
+	}
+	requests := func() (n int) {
+		for _, s := range servers {
+			n += s.Requests()
+		}
+		return n
 	}
 	for _, h := range append([]*lab.Host{r.Servers[0]}, r.Clients...) {
 		r.lossy(h)
 	}
-	r.start(fmt.Sprintf("{max_connections: %d, wait_timeout: 60s}", connections), "queue: {shards: 2}\n")
+	r.start(pool, "queue: {shards: 2}\n")
 	began := time.Now()
-	begun, whole, errs := crowd(within(t, limit), t, l, seed(t), clients, total, func(ctx context.Context, i int) (net.Conn, error) {
-		return r.Clients[i%2].Dial(ctx, "tcp", r.VIP().String())
+	begun, whole, errs := crowd(within(t, limit), t, l, seed(t), crowds*clients, total, func(ctx context.Context, i int) (net.Conn, error) {
+		return r.Clients[i%2].Dial(ctx, "tcp", vips[i/clients])
 	})
 	// What still runs for clients that are gone ends before the books close.
 	until(t, 20*time.Second, "the last requests", func() bool {
-		before := server.Requests()
+		before := requests()
 		time.Sleep(100 * time.Millisecond)
-		return before == server.Requests() && r.counts().Waiting == 0
+		return before == requests() && r.counts().Waiting == 0
 	})
 	c := r.counts()
 	if begun < total {
 		t.Errorf("%d of %d requests: the time is over", begun, total)
 	}
-	t.Logf("%d requests in %v: %d answered whole, %d run by the server, %d connections accepted by it, %d reuses, %d redispatched",
-		begun, time.Since(began).Round(time.Millisecond), whole, len(l.executed), server.Accepted(), c.Reused, c.Redispatched)
+	took, accepted := time.Since(began), 0
+	for _, s := range servers {
+		accepted += s.Accepted()
+	}
+	t.Logf("%d requests in %v (%.0f a second): %d answered whole, %d run by the servers, %d connections accepted by them, %d reuses, %d redispatched",
+		begun, took.Round(time.Millisecond), float64(begun)/took.Seconds(), whole, len(l.executed), accepted, c.Reused, c.Redispatched)
+	for _, name := range []string{"waited", "wait-timeout", "connect-timeout", "server-silent", "client-silent", "slow-body", "aborted-request", "answer-408", "answer-502", "answer-503", "answer-504"} {
+		t.Logf("%s: %d", name, r.reason(name))
+	}
 	lost := r.lost(r.Servers[0]) + r.lost(r.Clients[0]) + r.lost(r.Clients[1])
 	t.Logf("%d packets lost", lost)
 	if lost < int(begun)/20 {
 		t.Errorf("only %d packets were lost: the links are too good", lost)
-	}
-	all := len(errs)
-	errs = slices.DeleteFunc(errs, func(err error) bool { return errors.Is(err, errBusy) })
-	if busy := all - len(errs); int64(busy) > begun/100 {
-		t.Errorf("%d of %d requests found no connection in time", busy, begun)
-	} else if busy > 0 {
-		t.Logf("%d of %d requests found no connection in time", busy, begun)
 	}
 	report(t, errs)
 	for _, p := range clip(l.check(int(c.Redispatched))) {

@@ -29,7 +29,8 @@ type rig struct {
 	*lab.Farm
 	t     *testing.T
 	weir  *lab.Weir
-	farms int // more farms, each on a port of its own
+	farms int    // more farms, each on a port of its own
+	pools string // their pool section
 
 	bin, socket string
 }
@@ -113,8 +114,8 @@ func (r *rig) start(pool, extra string) {
 	c := lab.ConfigOptions{Dir: run, Pool: pool, Extra: extra}
 	text := r.Config(c)
 	for i := range r.farms {
-		text = strings.Replace(text, "\nfarms:\n", fmt.Sprintf("\nfarms:\n  - {name: w%d, listen: %q, protocol: http, servers: [{name: s1, address: %q}]}\n",
-			i, r.vip(i), r.server(i)), 1)
+		text = strings.Replace(text, "\nfarms:\n", fmt.Sprintf("\nfarms:\n  - {name: w%d, listen: %q, protocol: http, servers: [{name: s1, address: %q}]%s}\n",
+			i, r.vip(i), r.server(i), r.pools), 1)
 	}
 	w, err := lab.StartWeir(within(r.t, 30*time.Second), r.Router, lab.WeirOptions{Binary: bin, Config: text, Dir: dir, Socket: c.Socket()})
 	if err != nil {

@@ -271,6 +271,7 @@ func (e *Engine) retryLines() {
 		}
 	}
 	if standing {
+		e.out.Relieve = true // a connection may lie idle there after all
 		e.armLines()
 	}
 }

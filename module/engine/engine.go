@@ -184,6 +184,7 @@ type Engine struct {
 	opts       [40]byte // option bytes of a crafted segment
 	rstSlot    int64    // rate limit of stateless resets: second
 	rstCount   int
+	holding    bool // timers wait, see HoldTimers
 	stopping   bool
 	// preopening: the timer for min_idle is in order for the present database.
 	preopening bool
@@ -243,7 +244,9 @@ func (e *Engine) Step(now int64, ev *Event, out *Output) {
 		e.advance() // the wheel must stand at now before the first timer is set
 		e.armPreopen()
 	}
-	e.advance()
+	if !e.holding {
+		e.advance()
+	}
 	if len(e.store.resume) > 0 {
 		e.goOn()
 	}
@@ -268,6 +271,10 @@ func (e *Engine) Step(now int64, ev *Event, out *Output) {
 	e.commit()
 	e.out = nil
 }
+
+// HoldTimers says whether steps leave out the timers that are due, because
+// packets that came before wait to be handled. They fire later.
+func (e *Engine) HoldTimers(hold bool) { e.holding = hold }
 
 // NextDue is the time of the next timer, or 0 when there is none. Calling Step
 // with a Tick earlier changes nothing.

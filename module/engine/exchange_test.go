@@ -625,6 +625,62 @@ func TestRelieve(t *testing.T) {
 	b.expect("taken", relieve(b), "S1 SYN:7999,0(0)")
 }
 
+// TestRelieveOnce: two shards, both with a line, share a server whose only
+// connection is busy. They do not wake each other for that; only their timers
+// do, and what gets free is taken by the other one sooner or later.
+func TestRelieveOnce(t *testing.T) {
+	one := func(s *farm.Spec) { s.Farms[0].Pool.MaxConnections = 1 }
+	a := newRig(t, oneServer, keepIdle, one)
+	b := newRig(t)
+	b.e.db, b.db = a.db, a.db
+	a.iss, b.iss = []packet.Seq{1999}, []packet.Seq{7999}
+	for _, g := range []*rig{a, b} {
+		g.e.opt.Shards = 2
+	}
+	relieve := func(g *rig) []string {
+		g.out.Reset()
+		g.e.Step(g.now, &Event{Kind: Relieve}, &g.out)
+		return g.collect(nil)
+	}
+	// A's first request has the connection, the others wait.
+	seq, ak := a.open(c1, 100, 9000)
+	a.client(c1, seg{fl: ack | psh, seq: seq, ack: ak, data: get("/", 50)})
+	a.server(s1, 10240, seg{fl: syn | ack, seq: 499, ack: 2000, opts: sackPermitted})
+	told := 0
+	for i, g := range []*rig{a, b} {
+		seq, ak := g.open(c2, packet.Seq(200+i), packet.Seq(8000+i))
+		g.expect("waits", g.client(c2, seg{fl: ack | psh, seq: seq, ack: ak, data: get("/", 60)}))
+		if g.out.Relieve {
+			told++
+		}
+	}
+	if told != 1 {
+		t.Errorf("%d shards say that they want a connection, want one", told)
+	}
+	tries := b.e.Count.Get(ReasonWaited)
+	for range 100 {
+		for _, g := range []*rig{a, b} {
+			if relieve(g); g.out.Relieve {
+				t.Fatal("a shard that is asked asks back")
+			}
+		}
+	}
+	if n := b.e.Count.Get(ReasonWaited) - tries; n > 100 {
+		t.Errorf("%d tries for 100 times asked", n)
+	}
+	b.out.Reset()
+	b.now += lineEvery + tickNanos
+	if b.e.Step(b.now, &Event{Kind: Tick}, &b.out); !b.out.Relieve {
+		t.Error("a shard whose line stands never asks again")
+	}
+	// A's connection gets free: A takes it for its own line, or gives it back.
+	a.server(s1, 10240, seg{fl: ack | psh, seq: 500, ack: 2050, data: resp(100)})
+	a.client(c1, seg{fl: ack, seq: seq + 50, ack: ak + 100})
+	if u := a.e.Usage(); u.Idle != 0 {
+		t.Errorf("it lies idle while both wait: %+v", u)
+	}
+}
+
 // TestNextRequestInPlace: the packet that carries a kept-alive client's next
 // request is itself rewritten; no packet is crafted for it.
 func TestNextRequestInPlace(t *testing.T) {

@@ -115,8 +115,9 @@ func (e *Engine) open(f *farm.Farm, sv *farm.Server, class pool.Class) (splice.R
 		// room.
 		if old := e.idle.Oldest(sv.ID); old != 0 {
 			e.closeServer(old, e.servers.At(old), ReasonMaxIdle)
-		} else if e.opt.Shards > 1 {
-			sv.Stats.Wanted.Store(true)
+		} else if e.opt.Shards > 1 && sv.Stats.Wanted.CompareAndSwap(false, true) {
+			// Told once, it stands until one is given back: were each try told,
+			// two shards with lines would wake each other without end.
 			e.out.Relieve = true
 		}
 		return 0, ReasonWaited
