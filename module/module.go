@@ -62,7 +62,7 @@ type Options struct {
 	Applied func(*config.Config)
 
 	// Clients and Servers size the flow tables of each shard, records.
-	// Defaults: 262144 and 16384.
+	// Defaults: queue.clients and queue.servers.
 	Clients, Servers int
 }
 
@@ -128,10 +128,10 @@ func New(cfg *config.Config, opt Options) (*Module, error) {
 		opt.Log = slog.Default()
 	}
 	if opt.Clients == 0 {
-		opt.Clients = 1 << 18
+		opt.Clients = cfg.Queue.Clients
 	}
 	if opt.Servers == 0 {
-		opt.Servers = 1 << 14
+		opt.Servers = cfg.Queue.Servers
 	}
 	m := &Module{
 		opt: opt, log: opt.Log, clock: newClock(),

@@ -6,12 +6,14 @@ import (
 	"bytes"
 	"encoding/csv"
 	"encoding/json"
+	"encoding/xml"
 	"errors"
 	"flag"
 	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"slices"
 	"strings"
@@ -93,7 +95,7 @@ func TestLoad(t *testing.T) {
 		connections.Store(0)
 		job := loadJob{
 			Target: netip.MustParseAddrPort(ln.Addr().String()), Sources: []netip.Addr{netip.MustParseAddr("127.0.0.1")},
-			Path: "/", Connections: 4, Close: close, Warm: 20 * time.Millisecond, Measure: 200 * time.Millisecond,
+			Paths: []string{"/"}, Connections: 4, Close: close, Warm: 20 * time.Millisecond, Measure: 200 * time.Millisecond,
 		}
 		var out bytes.Buffer
 		if err := runLoad(job.args()[1:], &out); err != nil {
@@ -114,8 +116,122 @@ func TestLoad(t *testing.T) {
 			t.Errorf("close %v: %d bytes", close, res.Bytes)
 		}
 	}
-	if _, err := (loadJob{Target: netip.MustParseAddrPort("127.0.0.1:1"), Connections: 1, Measure: 10 * time.Millisecond}).run(); err != nil {
+	if _, err := (loadJob{Target: netip.MustParseAddrPort("127.0.0.1:1"), Paths: []string{"/"}, Connections: 1, Measure: 10 * time.Millisecond}).run(); err != nil {
 		t.Errorf("a server that refuses ends the run: %v; it should be counted", err)
+	}
+}
+
+// TestRate: requests with a rate come at that rate, over as many connections as
+// there are.
+func TestRate(t *testing.T) {
+	var requests, connections atomic.Int64
+	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		requests.Add(1)
+		_, _ = w.Write([]byte("ok"))
+	}))
+	srv.Config.ConnState = func(_ net.Conn, s http.ConnState) {
+		if s == http.StateNew {
+			connections.Add(1)
+		}
+	}
+	srv.Start()
+	defer srv.Close()
+	job := loadJob{
+		Target: netip.MustParseAddrPort(srv.Listener.Addr().String()), Paths: []string{"/a", "/b"}, Connections: 300, Rate: 500,
+		Warm: 50 * time.Millisecond, Measure: 400 * time.Millisecond,
+	}
+	var out bytes.Buffer
+	if err := runLoad(job.args()[1:], &out); err != nil {
+		t.Fatal(err)
+	}
+	var res loadResult
+	if err := json.Unmarshal(out.Bytes(), &res); err != nil {
+		t.Fatal(err)
+	}
+	// Each of the 300 asks once at first. A slow machine answers late, and no
+	// more often.
+	if res.Errors > 0 || connections.Load() != 300 || res.Requests == 0 || float64(res.Requests) > 500*res.Elapsed.Seconds()+310 {
+		t.Errorf("%+v over %d connections", res, connections.Load())
+	}
+}
+
+// TestUpload: the sink takes all of a body and keeps the connection.
+func TestUpload(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	served := make(chan error, 1)
+	go func() {
+		c, err := ln.Accept()
+		if err != nil {
+			served <- err
+			return
+		}
+		served <- swallow(c.(*net.TCPConn))
+		c.Close()
+	}()
+	job := loadJob{
+		Target: netip.MustParseAddrPort(ln.Addr().String()), Paths: []string{"/up"}, Connections: 1, Upload: 3 << 20, Measure: 200 * time.Millisecond,
+	}
+	var out bytes.Buffer
+	if err := runLoad(job.args()[1:], &out); err != nil {
+		t.Fatal(err)
+	}
+	var res loadResult
+	if err := json.Unmarshal(out.Bytes(), &res); err != nil {
+		t.Fatal(err)
+	}
+	if res.Errors > 0 || res.AllRequests == 0 || res.AllBytes < res.AllRequests*3<<20 {
+		t.Errorf("%+v", res)
+	}
+}
+
+// TestPlots: every picture is XML, and has a bar for each contender.
+func TestPlots(t *testing.T) {
+	r := &report{contenders: contenders, workloads: workloads}
+	for _, l := range workloads {
+		for i, c := range contenders {
+			for round := range 3 {
+				n := uint64(1000 + 100*i + round)
+				r.samples = append(r.samples, sample{
+					round: round, contender: c.name, workload: l.name, bulk: l.bulk, serverCPU: time.Microsecond, packets: 3,
+					loadResult: loadResult{Requests: n, Bytes: n, AllRequests: n, Elapsed: time.Second, P50: time.Millisecond, P99: time.Second},
+				})
+			}
+		}
+	}
+	for name, f := range map[string]func(io.Writer) error{"speed": r.plotSpeed, "latency": r.plotLatency, "cpu": r.plotCPU} {
+		var b bytes.Buffer
+		if err := f(&b); err != nil {
+			t.Fatal(err)
+		}
+		bars := 0
+		for d := xml.NewDecoder(&b); ; {
+			tok, err := d.Token()
+			if err == io.EOF {
+				break
+			}
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			if e, ok := tok.(xml.StartElement); ok && e.Name.Local == "rect" {
+				bars++
+			}
+		}
+		if bars < 1+len(contenders)*len(workloads)/2 {
+			t.Errorf("%s: %d bars", name, bars)
+		}
+	}
+	var md bytes.Buffer
+	if err := r.markdown(&md); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"| bulk, speed | bulk | ≥ 2 × nginx |", "**missed**", "reached"} {
+		if !strings.Contains(md.String(), want) {
+			t.Errorf("no %q in the report", want)
+		}
 	}
 }
 
@@ -140,7 +256,7 @@ func TestReport(t *testing.T) {
 	if err := r.markdown(&md); err != nil {
 		t.Fatal(err)
 	}
-	if want := "| weir | 30.0 k/s (10.0–36.0) | 0.50 (0.38–0.60) | 0.90 (0.75–1.00) | 1 ms |"; !strings.Contains(md.String(), want) {
+	if want := "| weir | 30.0 k/s (10.0–36.0) | 0.50 (0.38–0.60) | 0.90 (0.75–1.00) | – | 1 ms |"; !strings.Contains(md.String(), want) {
 		t.Errorf("no %q in\n%s", want, md.String())
 	}
 	if err := r.table(&table); err != nil {

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -21,10 +22,15 @@ type contender struct {
 	// start starts it on the router; nil where there is nothing to start. The
 	// process is what uses the router's processor.
 	start func(context.Context, *rig) (*lab.Process, error)
-	// target is where clients connect to.
-	target func(*rig) netip.AddrPort
+	// target is where clients connect to; uploads have a server of their own.
+	target func(r *rig, upload bool) netip.AddrPort
 	full   bool // only part of the full run
+	// only are the workloads that it differs in from its kind; nil: all.
+	only []string
 }
+
+// takes says whether a workload is measured with it.
+func (c contender) takes(l workload) bool { return c.only == nil || slices.Contains(c.only, l.name) }
 
 func (c contender) title() string { return c.name }
 
@@ -40,24 +46,37 @@ func (c contender) missing() error {
 // contenders in the order of the report. The first two are what the others are
 // compared with.
 var contenders = []contender{
-	{name: "direct", target: func(r *rig) netip.AddrPort { return r.server }},
+	{name: "direct", target: func(r *rig, upload bool) netip.AddrPort {
+		if upload {
+			return r.taker
+		}
+		return r.server
+	}},
 	{name: "haproxy", program: "haproxy", start: startHAProxy("option splice-auto"), target: atVIP},
-	{name: "haproxy-splice", program: "haproxy", start: startHAProxy("option splice-response"), target: atVIP, full: true},
+	{name: "haproxy-splice", program: "haproxy", start: startHAProxy("option splice-request\n  option splice-response"), target: atVIP, full: true, only: bulky},
 	{name: "nginx", program: "nginx", start: startNginx(""), target: atVIP},
-	{name: "nginx-large", program: "nginx", start: startNginx("proxy_buffers 16 64k; proxy_buffer_size 64k;"), target: atVIP, full: true},
+	{name: "nginx-large", program: "nginx", start: startNginx("proxy_buffers 16 64k; proxy_buffer_size 64k;"), target: atVIP, full: true, only: bulky},
 	{name: "weir", start: startWeir("batched", true), target: atVIP},
-	{name: "weir-mortal", start: startWeir("batched", false), target: atVIP, full: true},
+	{name: "weir-mortal", start: startWeir("batched", false), target: atVIP, full: true, only: []string{"kept-1k", "one-shot", "bulk", "kept-1k-256", "latency"}},
 	{name: "weir-plain", start: startWeir("plain", true), target: atVIP},
 }
 
-func atVIP(r *rig) netip.AddrPort { return r.vip }
+// bulky are the workloads that the proxies have other settings for.
+var bulky = []string{"bulk", "bulk-4", "up", "up-4"}
+
+func atVIP(r *rig, upload bool) netip.AddrPort {
+	if upload {
+		return r.upVIP
+	}
+	return r.vip
+}
 
 // haproxyConfig follows the tuning chapters of HAProxy's manual: connections
 // to servers shared between clients, no log, splicing where HAProxy finds that
 // it helps (haproxy-splice: for all responses). One thread, because on two
 // processors the client and the server need the other: two were no faster.
 const haproxyConfig = `global
-  maxconn 4000
+  maxconn 30000
   nbthread 1
 defaults
   mode http
@@ -65,18 +84,23 @@ defaults
   timeout client 60s
   timeout server 60s
   %[3]s
-  maxconn 4000
+  maxconn 30000
   http-reuse always
 frontend web
   bind %[1]s backlog 4096
   default_backend servers
+frontend uploads
+  bind %[4]s backlog 4096
+  default_backend takers
 backend servers
   server s1 %[2]s pool-max-conn -1
+backend takers
+  server s1 %[5]s pool-max-conn -1
 `
 
 func startHAProxy(splice string) func(context.Context, *rig) (*lab.Process, error) {
 	return func(ctx context.Context, r *rig) (*lab.Process, error) {
-		return r.proxy(ctx, "haproxy", fmt.Sprintf(haproxyConfig, r.vip, r.server, splice), "-db", "-f")
+		return r.proxy(ctx, "haproxy", fmt.Sprintf(haproxyConfig, r.vip, r.server, splice, r.upVIP, r.taker), "-db", "-f")
 	}
 }
 
@@ -86,10 +110,10 @@ func startHAProxy(splice string) func(context.Context, *rig) (*lab.Process, erro
 const nginxConfig = `daemon off;
 master_process off;
 worker_processes 1;
-worker_rlimit_nofile 65536;
+worker_rlimit_nofile 100000;
 pid %[3]s/nginx.pid;
 error_log %[3]s/error.log;
-events { worker_connections 20000; multi_accept on; }
+events { worker_connections 40000; multi_accept on; }
 http {
   access_log off;
   proxy_temp_path %[3]s/tmp;
@@ -114,12 +138,28 @@ http {
       %[4]s
     }
   }
+  upstream takers {
+    server %[6]s;
+    keepalive 512;
+    keepalive_requests 100000000;
+  }
+  server {
+    listen %[5]s backlog=4096;
+    client_max_body_size 0;
+    location / {
+      proxy_pass http://takers;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_request_buffering off;
+      %[4]s
+    }
+  }
 }
 `
 
 func startNginx(buffers string) func(context.Context, *rig) (*lab.Process, error) {
 	return func(ctx context.Context, r *rig) (*lab.Process, error) {
-		config := fmt.Sprintf(nginxConfig, r.vip, r.server, r.dir, buffers)
+		config := fmt.Sprintf(nginxConfig, r.vip, r.server, r.dir, buffers, r.upVIP, r.taker)
 		return r.proxy(ctx, "nginx", config, "-p", r.dir, "-e", filepath.Join(r.dir, "error.log"), "-c")
 	}
 }
@@ -159,14 +199,19 @@ func (r *rig) proxy(ctx context.Context, name, config string, args ...string) (*
 	}
 }
 
-// weirConfig is the default but for the place of its files and one shard, as
-// the others have one thread.
+// weirConfig is the default but for the place of its files, one shard, as the
+// others have one thread, and the pool's limits, which are as theirs: none for
+// connections, and 512 that are kept.
 const weirConfig = `runtime_dir: %[1]q
 source: {addresses: [%[2]s]}
 farms:
   - name: web
     listen: %[3]s
     servers: [{name: s1, address: "%[4]s"}]
+    pool: {max_connections: 0, max_idle: 512}
+  - name: uploads
+    listen: %[7]s
+    servers: [{name: s1, address: "%[8]s"}]
 queue: {backend: %[5]s, shards: 1}
 admin: {socket: %[6]q, metrics: "127.0.0.1:9464"}
 stop_timeout: 0s
@@ -194,7 +239,7 @@ func startWeir(backend string, keeps bool) func(context.Context, *rig) (*lab.Pro
 		defer cancel()
 		w, err := lab.StartWeir(ctx, r.router, lab.WeirOptions{
 			Binary: r.weir, Dir: r.dir, Socket: socket,
-			Config: fmt.Sprintf(weirConfig, run, r.snip, r.vip, r.server, backend, socket),
+			Config: fmt.Sprintf(weirConfig, run, r.snip, r.vip, r.server, backend, socket, r.upVIP, r.taker),
 		})
 		if err != nil {
 			return nil, err

@@ -29,18 +29,16 @@ import (
 )
 
 func main() {
-	var err error
-	if len(os.Args) > 1 && os.Args[1] == "load" {
-		err = runLoad(os.Args[2:], os.Stdout)
-	} else {
-		ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
-		if len(os.Args) > 1 && os.Args[1] == "loss" {
-			err = runLoss(ctx, os.Args[2:], os.Stdout)
-		} else {
-			err = run(ctx, os.Args[1:], os.Stdout)
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	args := os.Args[1:]
+	program := run
+	if len(args) > 0 {
+		if p, ok := programs[args[0]]; ok {
+			program, args = p, args[1:]
 		}
-		stop()
 	}
+	err := program(ctx, args, os.Stdout)
 	if errors.Is(err, flag.ErrHelp) {
 		os.Exit(2)
 	}
@@ -48,6 +46,17 @@ func main() {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
+}
+
+// programs are what the first argument may name, the comparison left aside.
+var programs = map[string]func(ctx context.Context, args []string, w io.Writer) error{
+	"load":  func(_ context.Context, args []string, w io.Writer) error { return runLoad(args, w) },
+	"sink":  func(_ context.Context, args []string, w io.Writer) error { return runSink(args, w) },
+	"loss":  runLoss,
+	"scale": runScale,
+	"start": runStart,
+	"embed": runEmbed,
+	"gc":    runGC,
 }
 
 // options are the command line.
@@ -99,6 +108,10 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 	if err != nil {
 		return err
 	}
+	// Ten thousand clients have as many sockets, and a proxy twice as many.
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: files, Max: files}); err != nil {
+		return fmt.Errorf("room for %d open files: %w", files, err)
+	}
 	if o.realtime {
 		if err := first(); err != nil {
 			return fmt.Errorf("real-time priority: %w", err)
@@ -137,6 +150,9 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 	}
 	return rep.write(o.out)
 }
+
+// files is how many files each of the programs may have open.
+const files = 100_000
 
 // first gives this program, and so all that it starts, real-time priority: it
 // begins anew, because a thread can only speak for itself.

@@ -35,6 +35,7 @@ type sample struct {
 	routerCPU           time.Duration // of the contender's process, for each request
 	packets             float64       // at the server, for each request
 	opened              int           // server connections
+	memory              float64       // of the contender's process, for each client, bytes
 }
 
 // speed is what is compared: requests or, in bulk, bytes for each second.
@@ -49,17 +50,30 @@ func (s sample) speed() float64 {
 	return float64(n) / s.Elapsed.Seconds()
 }
 
-// reuse is the share of requests that needed no new server connection.
-func (s sample) reuse() float64 {
-	if s.AllRequests == 0 {
+// pooled are the requests and the server connections of several measurements,
+// warm-ups included.
+func pooled(ss []sample) (requests uint64, opened int) {
+	for _, s := range ss {
+		requests += s.AllRequests
+		opened += s.opened
+	}
+	return requests, opened
+}
+
+// reused is the share of requests that needed no new server connection.
+func reused(requests uint64, opened int) float64 {
+	if requests == 0 {
 		return 0
 	}
-	return max(1-float64(s.opened)/float64(s.AllRequests), 0)
+	return max(1-float64(opened)/float64(requests), 0)
 }
 
 func (s sample) String() string {
-	t := fmt.Sprintf("%10s  p50 %8s  p99 %8s  server %8s  router %8s  packets %6.1f  opened %d",
-		unit(s.speed(), s.bulk), short(s.P50), short(s.P99), short(s.serverCPU), short(s.routerCPU), s.packets, s.opened)
+	t := fmt.Sprintf("%10s  p50 %8s  p99 %8s  p99.9 %8s  server %8s  router %8s  packets %6.1f  opened %d",
+		unit(s.speed(), s.bulk), short(s.P50), short(s.P99), short(s.P999), short(s.serverCPU), short(s.routerCPU), s.packets, s.opened)
+	if s.memory != 0 {
+		t += fmt.Sprintf("  %.0f bytes a client", s.memory)
+	}
 	if s.Errors > 0 {
 		t += fmt.Sprintf("  %d ERRORS: %s", s.Errors, s.Error)
 	}
@@ -168,40 +182,60 @@ func (r *report) markdown(w io.Writer) error {
 		fmt.Fprintf(b, "- %s\n", m)
 	}
 	fmt.Fprintf(b, `
-Client, router and server are network namespaces joined by virtual links; one nginx process is the server, one thread the load generator, and all share the machine's processors. *Direct* is plain routing. *Server* and *router* are the processor time, user and system, of the server's process and of the contender's for each request (in bulk: for each 100 MB); the kernel's work in interrupts is in neither. HAProxy and nginx have settings that help bulk transfers more (*haproxy-splice* and *nginx-large* of the full run). *Packets* is what the server sees for each request, both ways, and *opened* its connections, those of the warm-up included. *Reuse* is the share of requests that needed no new server connection.
+Client, router and server are network namespaces joined by virtual links; one nginx process is the server (uploads have one that takes them away uncopied), one thread the load generator, and all share the machine's processors. *Direct* is plain routing. *Server* and *router* are the processor time, user and system, of the server's process and of the contender's for each request (in bulk: for each 100 MB); the kernel's work in interrupts is in neither. HAProxy and nginx have settings that help bulk transfers more (*haproxy-splice* and *nginx-large* of the full run), *weir-mortal* has no flow store, *weir-plain* reads and answers one packet at a time. *Packets* is what the server sees for each request, both ways, and *opened* its connections, those of the warm-up included. *Reuse* is the share of the requests of all rounds that needed no new server connection. Where requests have a rate, their time counts from when they were due.
 `)
+	if err := r.targets(b); err != nil {
+		return err
+	}
+	fmt.Fprintf(b, "\n![speed](%[1]s-speed.svg)\n\n![latency](%[1]s-latency.svg)\n\n![processor time](%[1]s-cpu.svg)\n", r.name())
 	for _, l := range r.workloads {
-		fmt.Fprintf(b, "\n## %s: %s\n\n", l.name, l.what)
-		fmt.Fprintln(b, "| | speed | of direct | of haproxy | p50 | p99 | server | router | packets | opened | reuse | errors |")
-		fmt.Fprintln(b, "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-		direct, haproxy := r.of("direct", l.name), r.of("haproxy", l.name)
-		for _, c := range r.contenders {
-			ss := r.of(c.name, l.name)
-			if len(ss) == 0 {
-				continue
-			}
-			speed := each(ss, sample.speed)
-			duration := func(f func(sample) time.Duration) string {
-				return short(time.Duration(each(ss, func(s sample) float64 { return float64(f(s)) }).median))
-			}
-			reuse := "–"
-			if !l.bulk {
-				reuse = fmt.Sprintf("%.2f %%", 100*each(ss, sample.reuse).median)
-			}
-			fmt.Fprintf(b, "| %s | %s (%s–%s) | %s | %s | %s | %s | %s | %s | %.1f | %.0f | %s | %.0f |\n", c.name,
-				unit(speed.median, l.bulk), bare(speed.least, l.bulk), bare(speed.most, l.bulk),
-				ratio(ss, direct, sample.speed).ratio(), ratio(ss, haproxy, sample.speed).ratio(),
-				duration(func(s sample) time.Duration { return s.P50 }), duration(func(s sample) time.Duration { return s.P99 }),
-				duration(func(s sample) time.Duration { return s.serverCPU }), duration(func(s sample) time.Duration { return s.routerCPU }),
-				each(ss, func(s sample) float64 { return s.packets }).median,
-				each(ss, func(s sample) float64 { return float64(s.opened) }).median, reuse,
-				each(ss, func(s sample) float64 { return float64(s.Errors) }).most)
-		}
-		if l.flood != "" {
-			r.floodTable(b, l)
-		}
+		r.workload(b, l)
 	}
 	return b.Flush()
+}
+
+// workload writes the table of one workload.
+func (r *report) workload(b *bufio.Writer, l workload) {
+	fmt.Fprintf(b, "\n## %s: %s\n\n", l.name, l.what)
+	fmt.Fprint(b, "| | speed | of direct | of haproxy | of nginx | p50 | p99 | p99.9 | server | router | packets | opened | reuse | errors |")
+	line := "\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+	if l.fresh {
+		fmt.Fprint(b, " bytes a client |")
+		line += " --- |"
+	}
+	fmt.Fprintln(b, line)
+	direct, haproxy, nginx := r.of("direct", l.name), r.of("haproxy", l.name), r.of("nginx", l.name)
+	for _, c := range r.contenders {
+		ss := r.of(c.name, l.name)
+		if len(ss) == 0 {
+			continue
+		}
+		speed := each(ss, sample.speed)
+		duration := func(f func(sample) time.Duration) string {
+			return short(time.Duration(each(ss, func(s sample) float64 { return float64(f(s)) }).median))
+		}
+		reuse := "–"
+		if !l.bulk {
+			requests, opened := pooled(ss)
+			reuse = fmt.Sprintf("%.2f %%", 100*reused(requests, opened))
+		}
+		fmt.Fprintf(b, "| %s | %s (%s–%s) | %s | %s | %s | %s | %s | %s | %s | %s | %.1f | %.0f | %s | %.0f |", c.name,
+			unit(speed.median, l.bulk), bare(speed.least, l.bulk), bare(speed.most, l.bulk),
+			ratio(ss, direct, sample.speed).ratio(), ratio(ss, haproxy, sample.speed).ratio(), ratio(ss, nginx, sample.speed).ratio(),
+			duration(func(s sample) time.Duration { return s.P50 }), duration(func(s sample) time.Duration { return s.P99 }),
+			duration(func(s sample) time.Duration { return s.P999 }),
+			duration(func(s sample) time.Duration { return s.serverCPU }), duration(func(s sample) time.Duration { return s.routerCPU }),
+			each(ss, func(s sample) float64 { return s.packets }).median,
+			each(ss, func(s sample) float64 { return float64(s.opened) }).median, reuse,
+			each(ss, func(s sample) float64 { return float64(s.Errors) }).most)
+		if l.fresh {
+			fmt.Fprintf(b, " %.0f |", each(ss, func(s sample) float64 { return s.memory }).median)
+		}
+		fmt.Fprintln(b)
+	}
+	if l.flood != "" {
+		r.floodTable(b, l)
+	}
 }
 
 func bare(v float64, bulk bool) string {
@@ -214,7 +248,7 @@ func (r *report) table(w io.Writer) error {
 	c := csv.NewWriter(w)
 	_ = c.Write([]string{
 		"round", "workload", "contender", "requests", "bytes", "errors", "seconds", "requests_per_second", "bytes_per_second",
-		"p50_us", "p99_us", "server_cpu_us_per_request", "router_cpu_us_per_request", "server_packets_per_request", "server_connections_opened", "flood_packets_per_second",
+		"p50_us", "p99_us", "p999_us", "max_us", "server_cpu_us_per_request", "router_cpu_us_per_request", "server_packets_per_request", "server_connections_opened", "all_requests", "flood_packets_per_second", "bytes_per_client",
 	})
 	us := func(d time.Duration) string { return strconv.FormatFloat(float64(d)/1e3, 'f', 3, 64) }
 	f := func(v float64) string { return strconv.FormatFloat(v, 'f', 3, 64) }
@@ -222,15 +256,26 @@ func (r *report) table(w io.Writer) error {
 		sec := s.Elapsed.Seconds()
 		_ = c.Write([]string{
 			strconv.Itoa(s.round + 1), s.workload, s.contender, strconv.FormatUint(s.Requests, 10), strconv.FormatUint(s.Bytes, 10),
-			strconv.FormatUint(s.Errors, 10), f(sec), f(float64(s.Requests) / sec), f(float64(s.Bytes) / sec), us(s.P50), us(s.P99),
-			us(s.serverCPU), us(s.routerCPU), f(s.packets), strconv.Itoa(s.opened), f(s.flooded),
+			strconv.FormatUint(s.Errors, 10), f(sec), f(float64(s.Requests) / sec), f(float64(s.Bytes) / sec), us(s.P50), us(s.P99), us(s.P999), us(s.Max),
+			us(s.serverCPU), us(s.routerCPU), f(s.packets), strconv.Itoa(s.opened), strconv.FormatUint(s.AllRequests, 10), f(s.flooded), f(s.memory),
 		})
 	}
 	c.Flush()
 	return c.Error()
 }
 
-// write puts both forms into a directory.
+// name is what the files of this kind of run are called.
+func (r *report) name() string {
+	switch {
+	case r.options.contenders != "" || r.options.workloads != "":
+		return "part"
+	case r.options.full:
+		return "full"
+	}
+	return "quick"
+}
+
+// write puts all forms into a directory.
 func (r *report) write(dir string) error {
 	if dir == "" {
 		return nil
@@ -238,14 +283,11 @@ func (r *report) write(dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	name := "quick"
-	switch {
-	case r.options.contenders != "" || r.options.workloads != "":
-		name = "part"
-	case r.options.full:
-		name = "full"
+	name := r.name()
+	forms := map[string]func(io.Writer) error{
+		".md": r.markdown, ".csv": r.table, "-speed.svg": r.plotSpeed, "-latency.svg": r.plotLatency, "-cpu.svg": r.plotCPU,
 	}
-	for suffix, f := range map[string]func(io.Writer) error{".md": r.markdown, ".csv": r.table} {
+	for suffix, f := range forms {
 		var b bytes.Buffer
 		if err := f(&b); err != nil {
 			return err

@@ -27,26 +27,68 @@ type workload struct {
 	size        int    // bytes of a response's body
 	connections int
 	close       bool   // a connection for each request
+	http10      bool   // of HTTP/1.0
+	upload      int    // bytes of a request's body
+	mixed       bool   // bodies of many sizes
+	rate        int    // requests a second, 0: as many as are answered
 	bulk        bool   // bytes are what counts, not requests
+	fresh       bool   // with a contender that has served nothing yet: its memory counts
 	quick       bool   // part of the quick run
 	flood       string // of floods: what is sent beside it
 }
 
 func (l workload) title() string { return l.name }
 
-func (l workload) path() string { return fmt.Sprintf("/%d.bin", l.size) }
+// sizes are the bodies of the mixed workload, in this order again and again:
+// about what the resources of a web page are, 22 KB on average.
+var sizes = []int{200, 1 << 10, 4 << 10, 200, 10 << 10, 40 << 10, 1 << 10, 200 << 10, 4 << 10, 1 << 10, 200, 10 << 10, 1 << 10}
+
+// paths are what the workload asks for.
+func (l workload) paths() []string {
+	all := []int{l.size}
+	switch {
+	case l.upload > 0:
+		return []string{"/upload"}
+	case l.mixed:
+		all = sizes
+	}
+	var ps []string
+	for _, n := range all {
+		ps = append(ps, fmt.Sprintf("/%d.bin", n))
+	}
+	return ps
+}
+
+// body is how many bytes of body an exchange carries.
+func (l workload) body() int { return max(l.size, l.upload) }
+
+const (
+	kilo   = 1 << 10
+	hundMB = 100 << 20
+)
 
 var workloads = []workload{
-	{name: "kept-1k", what: "1 KB over 32 kept-alive connections", size: 1 << 10, connections: 32, quick: true},
-	{name: "one-shot", what: "1 KB, one connection for each request, 32 at once", size: 1 << 10, connections: 32, close: true, quick: true},
-	{name: "bulk", what: "100 MB over one connection", size: 100 << 20, connections: 1, bulk: true, quick: true},
-	{name: "latency", what: "1 KB over one kept-alive connection", size: 1 << 10, connections: 1, quick: true},
-	{name: "kept-10k", what: "10 KB over 32 kept-alive connections", size: 10 << 10, connections: 32},
-	{name: "kept-256", what: "1 KB over 256 kept-alive connections", size: 1 << 10, connections: 256},
-	{name: quietTwin, what: "1 KB, one connection for each request, 4 at once", size: 1 << 10, connections: 4, close: true},
-	{name: "syn-flood", what: "the same in a flood of SYNs", size: 1 << 10, connections: 4, close: true, flood: "SYN"},
-	{name: "data-flood", what: "the same in a flood of ACKs and data that belong to nothing", size: 1 << 10, connections: 4, close: true, flood: "data"},
-	{name: "bulk-4", what: "100 MB over four connections", size: 100 << 20, connections: 4, bulk: true},
+	{name: "kept-1k", what: "1 KB over 32 kept-alive connections", size: kilo, connections: 32, quick: true},
+	{name: "one-shot", what: "1 KB, one connection for each request (HTTP/1.1, close), 32 at once", size: kilo, connections: 32, close: true, quick: true},
+	{name: "bulk", what: "100 MB down over one connection", size: hundMB, connections: 1, bulk: true, quick: true},
+	{name: "latency", what: "1 KB over one kept-alive connection", size: kilo, connections: 1, quick: true},
+	{name: "one-shot-1.0", what: "1 KB, one connection for each request (HTTP/1.0), 32 at once", size: kilo, connections: 32, close: true, http10: true},
+	{name: "kept-1k-256", what: "1 KB over 256 kept-alive connections", size: kilo, connections: 256},
+	{name: "kept-1k-2000", what: "1 KB over 2,000 kept-alive connections", size: kilo, connections: 2000},
+	{name: "kept-10k-1", what: "10 KB over one kept-alive connection", size: 10 * kilo, connections: 1},
+	{name: "kept-10k", what: "10 KB over 32 kept-alive connections", size: 10 * kilo, connections: 32},
+	{name: "kept-10k-256", what: "10 KB over 256 kept-alive connections", size: 10 * kilo, connections: 256},
+	{name: "kept-10k-2000", what: "10 KB over 2,000 kept-alive connections", size: 10 * kilo, connections: 2000},
+	{name: "mixed", what: "bodies from 200 bytes to 200 KB over 32 kept-alive connections", mixed: true, connections: 32},
+	{name: "rate-1k", what: "1 KB, 1,000 requests a second over 16 kept-alive connections", size: kilo, connections: 16, rate: 1000},
+	{name: "rate-5k", what: "1 KB, 5,000 requests a second over 32 kept-alive connections", size: kilo, connections: 32, rate: 5000},
+	{name: "bulk-4", what: "100 MB down over four connections", size: hundMB, connections: 4, bulk: true},
+	{name: "up", what: "100 MB up over one connection", upload: hundMB, connections: 1, bulk: true},
+	{name: "up-4", what: "100 MB up over four connections", upload: hundMB, connections: 4, bulk: true},
+	{name: quietTwin, what: "1 KB, one connection for each request, 4 at once", size: kilo, connections: 4, close: true},
+	{name: "syn-flood", what: "the same in a flood of SYNs", size: kilo, connections: 4, close: true, flood: "SYN"},
+	{name: "data-flood", what: "the same in a flood of ACKs and data that belong to nothing", size: kilo, connections: 4, close: true, flood: "data"},
+	{name: "idle", what: "1 KB, 1,000 requests a second in turn over 10,000 kept-alive connections", size: kilo, connections: 10_000, rate: 1000, fresh: true},
 }
 
 // rig is the network that everything is measured on: client, router and
@@ -56,16 +98,17 @@ type rig struct {
 	client, router, origin *lab.Host
 	sources                []netip.Addr
 	server, vip            netip.AddrPort
+	taker, upVIP           netip.AddrPort // of uploads
 	snip                   netip.Addr
 	weir, self, dir        string
-	nginx                  *lab.Process // the server
+	nginx, sink            *lab.Process // the servers
 	status                 string       // its status socket
 }
 
 func newRig(weir string) (_ *rig, err error) {
 	r := &rig{
 		weir: weir, server: netip.MustParseAddrPort("198.51.100.11:80"), vip: netip.MustParseAddrPort("203.0.113.10:80"),
-		snip: netip.MustParseAddr("198.51.100.1"),
+		snip: netip.MustParseAddr("198.51.100.1"), taker: netip.MustParseAddrPort("198.51.100.11:81"), upVIP: netip.MustParseAddrPort("203.0.113.10:81"),
 	}
 	if r.self, err = os.Executable(); err != nil {
 		return nil, err
@@ -132,9 +175,18 @@ func (r *rig) build() error {
 		return err
 	}
 	for _, l := range workloads {
-		if err := os.WriteFile(filepath.Join(root, l.path()), make([]byte, l.size), 0o644); err != nil {
-			return err
+		for i, p := range l.paths() {
+			size := l.size
+			if l.mixed {
+				size = sizes[i]
+			}
+			if err := os.WriteFile(filepath.Join(root, p), make([]byte, size), 0o644); err != nil {
+				return err
+			}
 		}
+	}
+	if r.sink, err = r.origin.Start(r.origin.Command(r.self, "sink", "-listen", r.taker.String())); err != nil {
+		return err
 	}
 	return r.startServer(root)
 }
@@ -144,10 +196,10 @@ func (r *rig) build() error {
 const serverConfig = `daemon off;
 master_process off;
 worker_processes 1;
-worker_rlimit_nofile 65536;
+worker_rlimit_nofile 100000;
 pid %[1]s/server.pid;
 error_log %[1]s/server-error.log;
-events { worker_connections 20000; multi_accept on; }
+events { worker_connections 40000; multi_accept on; }
 http {
   access_log off;
   proxy_temp_path %[1]s/stmp;
@@ -237,14 +289,37 @@ type counters struct {
 	server, router time.Duration // processor time
 	traffic        lab.Traffic   // at the server
 	accepted       int
+	memory         int64 // of the contender's process, bytes
+}
+
+// resident is the memory of a process that is really there, shared memory
+// included, in bytes.
+func resident(pid int) (int64, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
+	if err != nil {
+		return 0, err
+	}
+	var size, rss int64
+	if _, err := fmt.Sscan(string(b), &size, &rss); err != nil {
+		return 0, err
+	}
+	return rss * int64(os.Getpagesize()), nil
 }
 
 func (r *rig) count(p *lab.Process) (c counters, err error) {
 	if c.server, err = r.nginx.CPU(); err != nil {
 		return c, err
 	}
+	sink, err := r.sink.CPU()
+	if err != nil {
+		return c, err
+	}
+	c.server += sink
 	if p != nil {
 		if c.router, err = p.CPU(); err != nil {
+			return c, err
+		}
+		if c.memory, err = resident(p.Pid()); err != nil {
 			return c, err
 		}
 	}
@@ -255,8 +330,32 @@ func (r *rig) count(p *lab.Process) (c counters, err error) {
 	return c, err
 }
 
-// visit starts a contender, measures all workloads with it, and ends it.
+// visit starts a contender, measures all workloads with it, and ends it. What
+// needs a fresh one is measured behind the others, each with one of its own.
 func (r *rig) visit(ctx context.Context, w io.Writer, rep *report, round int, c contender, what []workload, measure time.Duration) error {
+	var together []workload
+	for _, l := range what {
+		if !l.fresh && c.takes(l) {
+			together = append(together, l)
+		}
+	}
+	if len(together) > 0 {
+		if err := r.stay(ctx, w, rep, round, c, together, measure); err != nil {
+			return err
+		}
+	}
+	for _, l := range what {
+		if l.fresh && c.takes(l) {
+			if err := r.stay(ctx, w, rep, round, c, []workload{l}, measure); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// stay is one life of a contender.
+func (r *rig) stay(ctx context.Context, w io.Writer, rep *report, round int, c contender, what []workload, measure time.Duration) error {
 	var p *lab.Process
 	if c.start != nil {
 		var err error
@@ -266,10 +365,12 @@ func (r *rig) visit(ctx context.Context, w io.Writer, rep *report, round int, c 
 	}
 	// What a program does when it starts, and with its first connections, is
 	// not what is compared.
-	if len(what) > 0 {
-		if _, err := r.measure(ctx, p, c, what[0], startUp); err != nil {
-			return fmt.Errorf("%s: %w", what[0].name, err)
-		}
+	first := what[0]
+	if first.fresh {
+		first = workloads[0]
+	}
+	if _, err := r.measure(ctx, p, c, first, startUp); err != nil {
+		return fmt.Errorf("%s: %w", first.name, err)
 	}
 	for _, l := range what {
 		s, err := r.measure(ctx, p, c, l, measure)
@@ -278,7 +379,7 @@ func (r *rig) visit(ctx context.Context, w io.Writer, rep *report, round int, c 
 		}
 		s.round, s.contender, s.workload = round, c.name, l.name
 		rep.samples = append(rep.samples, s)
-		fmt.Fprintf(w, "round %d  %-10s %-10s %s\n", round+1, c.name, l.name, s)
+		fmt.Fprintf(w, "round %d  %-14s %-14s %s\n", round+1, c.name, l.name, s)
 	}
 	if p == nil {
 		return nil
@@ -304,9 +405,10 @@ const (
 // measure runs one workload against one contender.
 func (r *rig) measure(ctx context.Context, p *lab.Process, c contender, l workload, d time.Duration) (sample, error) {
 	job := loadJob{
-		Target: c.target(r), Sources: r.sources, Path: l.path(), Connections: l.connections, Close: l.close, Warm: warmUp, Measure: d,
+		Target: c.target(r, l.upload > 0), Sources: r.sources, Paths: l.paths(), Connections: l.connections,
+		Close: l.close, HTTP10: l.http10, Upload: l.upload, Rate: l.rate, Warm: warmUp, Measure: d,
 	}
-	ctx, cancel := context.WithTimeout(ctx, warmUp+d+10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, settle+warmUp+d+10*time.Second)
 	defer cancel()
 	before, err := r.count(p)
 	if err != nil {
@@ -336,7 +438,7 @@ func (r *rig) measure(ctx context.Context, p *lab.Process, c contender, l worklo
 	// same: bulk transfers are counted by their bytes.
 	n := float64(res.AllRequests)
 	if l.bulk {
-		n = float64(res.AllBytes) / float64(l.size)
+		n = float64(res.AllBytes) / float64(l.body())
 	}
 	if n > 0 {
 		s.serverCPU = time.Duration(float64(after.server-before.server) / n)
@@ -344,5 +446,8 @@ func (r *rig) measure(ctx context.Context, p *lab.Process, c contender, l worklo
 		s.packets = float64(after.traffic.Since(before.traffic).Packets()) / n
 	}
 	s.opened = after.accepted - before.accepted - 1 // the status request itself
+	if l.fresh {
+		s.memory = float64(after.memory-before.memory) / float64(l.connections)
+	}
 	return s, nil
 }

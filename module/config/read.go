@@ -21,7 +21,7 @@ import (
 // memory; aliases make small files large.
 const (
 	maxFileBytes = 16 << 20
-	maxNodes     = 1 << 18
+	maxNodes     = 1 << 20
 	maxDepth     = 64
 )
 
