@@ -208,6 +208,9 @@ func (s *shard) patience() time.Duration {
 // handle sets the verdicts of a batch.
 func (s *shard) handle(now int64, batch []divert.Packet) {
 	ev := &s.ev
+	if s.role == roleShard {
+		s.engine.Ahead(len(batch), func(i int) []byte { return batch[i].Data })
+	}
 	for i := range batch {
 		p := &batch[i]
 		if s.role != roleControl && s.m.bans.has(p.Data, now) {

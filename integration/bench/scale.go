@@ -49,9 +49,11 @@ type scaled struct {
 	Opened float64 `json:"opened"` // nanoseconds for each connection with its first exchange
 	// Nanoseconds for each packet of an exchange: request, response and
 	// acknowledgment in turn, best of several rounds.
-	Few  float64 `json:"few"`  // of a thousand clients, drawn at random
-	All  float64 `json:"all"`  // of all clients, drawn at random
-	Idle float64 `json:"idle"` // nanoseconds a second for the timers of the idle ones
+	Few float64 `json:"few"` // of a thousand clients, drawn at random
+	All float64 `json:"all"` // of all clients, drawn at random
+	// Blind is All without looking ahead, see engine.Ahead.
+	Blind float64 `json:"blind"`
+	Idle  float64 `json:"idle"` // nanoseconds a second for the timers of the idle ones
 }
 
 // runScale measures each size in a process of its own, because memory that was
@@ -96,7 +98,8 @@ func runScale(ctx context.Context, args []string, w io.Writer) error {
 				continue
 			}
 			a := &all[i]
-			a.Few, a.All, a.Idle, a.Opened = min(a.Few, s.Few), min(a.All, s.All), min(a.Idle, s.Idle), min(a.Opened, s.Opened)
+			a.Few, a.All, a.Blind = min(a.Few, s.Few), min(a.All, s.All), min(a.Blind, s.Blind)
+			a.Idle, a.Opened = min(a.Idle, s.Idle), min(a.Opened, s.Opened)
 		}
 	}
 	var text strings.Builder
@@ -107,12 +110,12 @@ func runScale(ctx context.Context, args []string, w io.Writer) error {
 	fmt.Fprintf(&text, `
 The engine alone, with its flow store in a file that is mapped shared: what a packet of an exchange (request, response, acknowledgment) costs it, without the kernel's part, which is some ten times that. *A thousand speak*: the packets are of a thousand clients, drawn at random, while the others are idle. *All speak*: they are of all clients, drawn at random, so that no cache holds them. *Memory* is the whole process, resident, with the flow store's. A record is %d bytes, with key, checksum and journal mark.
 
-| clients | memory | for each | a thousand speak | ratio | all speak | ratio | timers of the idle | connect and first exchange |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| clients | memory | for each | a thousand speak | ratio | all speak | ratio | the same, not read ahead | timers of the idle | connect and first exchange |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 `, flowstore.SlotSize[splice.Client]())
 	for _, s := range all {
-		fmt.Fprintf(&text, "| %d | %.0f MiB | %.0f | %.0f ns | %.2f | %.0f ns | %.2f | %.3f %% | %.2f µs |\n",
-			s.Flows, float64(s.Memory)/(1<<20), float64(s.Memory)/float64(s.Flows), s.Few, s.Few/all[0].Few, s.All, s.All/all[0].All, s.Idle/1e7, s.Opened/1000)
+		fmt.Fprintf(&text, "| %d | %.0f MiB | %.0f | %.0f ns | %.2f | %.0f ns | %.2f | %.0f ns | %.3f %% | %.2f µs |\n",
+			s.Flows, float64(s.Memory)/(1<<20), float64(s.Memory)/float64(s.Flows), s.Few, s.Few/all[0].Few, s.All, s.All/all[0].All, s.Blind, s.Idle/1e7, s.Opened/1000)
 	}
 	if _, err := io.WriteString(w, text.String()); err != nil || *out == "" {
 		return err
@@ -135,6 +138,7 @@ type crowd struct {
 	seq   []packet.Seq // by client: the next number of its own
 	ack   []packet.Seq // and the server's, as it sees them
 	peers map[uint16]*peer
+	blind bool // without looking ahead
 	vip   packet.Endpoint
 	srv   packet.Endpoint
 }
@@ -263,7 +267,11 @@ func (c *crowd) exchange(who []int, reply []byte, took *[3]time.Duration) error 
 	for k, i := range who {
 		c.evs(k).put(&packet.Segment{Src: c.endpoint(i), Dst: c.vip, Seq: c.seq[i], Ack: c.ack[i], Flags: packet.ACK | packet.PSH, Window: 500}, paddedRequest)
 	}
+	ahead := func(k int) []byte { return c.evs(k).buf[:c.evs(k).n] }
 	began := processor()
+	if !c.blind {
+		c.e.Ahead(len(who), ahead)
+	}
 	for k := range who {
 		c.step(&evs[k], c.evs(k))
 		if evs[k].Verdict != engine.Rewrite {
@@ -382,9 +390,15 @@ func scale(flows int, dir string) (scaled, error) {
 		few[i] = rnd.IntN(flows)
 	}
 	for _, m := range []struct {
-		to   *float64
-		draw func() int
-	}{{&s.Few, func() int { return few[rnd.IntN(len(few))] }}, {&s.All, func() int { return rnd.IntN(flows) }}} {
+		to    *float64
+		draw  func() int
+		blind bool
+	}{
+		{&s.Few, func() int { return few[rnd.IntN(len(few))] }, false},
+		{&s.All, func() int { return rnd.IntN(flows) }, false},
+		{&s.Blind, func() int { return rnd.IntN(flows) }, true},
+	} {
+		c.blind = m.blind
 		for round := range 12 {
 			var took [3]time.Duration
 			const batches = 400

@@ -28,6 +28,7 @@
 //	server.go    packets of servers outside a splice; the pooled connection's life
 //	answer.go    the engine's own responses, closing, tombstones
 //	timers.go    what happens when nothing happens
+//	ahead.go     reading ahead for a batch of packets
 //	store.go     what a successor needs; takeover.go: how it goes on
 package engine
 
@@ -185,6 +186,7 @@ type Engine struct {
 	rstSlot    int64    // rate limit of stateless resets: second
 	rstCount   int
 	holding    bool // timers wait, see HoldTimers
+	waste      uint64 // see Ahead
 	stopping   bool
 	// preopening: the timer for min_idle is in order for the present database.
 	preopening bool
