@@ -76,15 +76,16 @@ func atVIP(r *rig, upload bool) netip.AddrPort {
 // it helps (haproxy-splice: for all responses). One thread, because on two
 // processors the client and the server need the other: two were no faster.
 const haproxyConfig = `global
-  maxconn 30000
+  maxconn 15000
   nbthread 1
+  no strict-limits
 defaults
   mode http
   timeout connect 5s
   timeout client 60s
   timeout server 60s
   %[3]s
-  maxconn 30000
+  maxconn 15000
   http-reuse always
 frontend web
   bind %[1]s backlog 4096
@@ -110,10 +111,9 @@ func startHAProxy(splice string) func(context.Context, *rig) (*lab.Process, erro
 const nginxConfig = `daemon off;
 master_process off;
 worker_processes 1;
-worker_rlimit_nofile 100000;
 pid %[3]s/nginx.pid;
 error_log %[3]s/error.log;
-events { worker_connections 40000; multi_accept on; }
+events { worker_connections 15000; multi_accept on; }
 http {
   access_log off;
   proxy_temp_path %[3]s/tmp;

@@ -5,6 +5,10 @@
 // nothing in between (plain routing), with HAProxy, with nginx, and with Weir
 // through each of its queue backends.
 //
+// Other programs in it, by the first argument: loss (downloads over a bad
+// link), scale (a million connections in the engine's table), start (a thousand
+// farms), gc (what the collector does to requests).
+//
 // It builds its network out of namespaces, as the tests do, and leaves
 // nothing but its report. It judges nothing: what counts are ratios between
 // contenders of one run, because the figures themselves are the machine's. It
@@ -75,16 +79,22 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 	var o options
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
 	fs.SetOutput(w)
-	fs.BoolVar(&o.full, "full", false, "all workloads; the default is a quick run of less than three minutes")
+	fs.BoolVar(&o.full, "full", false, "all workloads, a quarter of an hour; the default is a quick run of less than three minutes")
 	fs.BoolVar(&o.realtime, "realtime", false, "run everything that is measured before all else on this machine, for one that others use too")
 	fs.IntVar(&o.rounds, "rounds", 3, "how often everything is measured")
-	fs.DurationVar(&o.measure, "measure", 1500*time.Millisecond, "time of one measurement")
+	fs.DurationVar(&o.measure, "measure", 0, "time of one measurement; 0: 1.5s, in a full run 1s")
 	fs.StringVar(&o.weir, "weir", "bin/weir", "the weir executable")
 	fs.StringVar(&o.out, "out", "docs/bench", "directory of the report; empty: standard output alone")
 	fs.StringVar(&o.contenders, "contenders", "", "comma-separated names, of: "+strings.Join(names(contenders), ", "))
 	fs.StringVar(&o.workloads, "workloads", "", "comma-separated names, of: "+strings.Join(names(workloads), ", "))
 	if err := fs.Parse(args); err != nil {
 		return err
+	}
+	if o.measure == 0 {
+		o.measure = 1500 * time.Millisecond
+		if o.full {
+			o.measure = time.Second
+		}
 	}
 	if fs.NArg() > 0 || o.rounds < 1 {
 		fs.Usage()
@@ -109,8 +119,8 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 		return err
 	}
 	// Ten thousand clients have as many sockets, and a proxy twice as many.
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: files, Max: files}); err != nil {
-		return fmt.Errorf("room for %d open files: %w", files, err)
+	if err := openFiles(); err != nil {
+		return err
 	}
 	if o.realtime {
 		if err := first(); err != nil {
@@ -151,8 +161,20 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 	return rep.write(o.out)
 }
 
-// files is how many files each of the programs may have open.
-const files = 100_000
+// files is how many files each of the programs must be able to open.
+const files = 16_000
+
+func openFiles() error {
+	var l unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
+		return err
+	}
+	l.Cur, l.Max = max(l.Cur, files), max(l.Max, files)
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
+		return fmt.Errorf("room for %d open files: %w (ulimit -Hn says how many there may be)", files, err)
+	}
+	return nil
+}
 
 // first gives this program, and so all that it starts, real-time priority: it
 // begins anew, because a thread can only speak for itself.

@@ -196,10 +196,9 @@ func (r *rig) build() error {
 const serverConfig = `daemon off;
 master_process off;
 worker_processes 1;
-worker_rlimit_nofile 100000;
 pid %[1]s/server.pid;
 error_log %[1]s/server-error.log;
-events { worker_connections 40000; multi_accept on; }
+events { worker_connections 15000; multi_accept on; }
 http {
   access_log off;
   proxy_temp_path %[1]s/stmp;
