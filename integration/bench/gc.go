@@ -266,15 +266,7 @@ func (r *rig) collect(ctx context.Context, c *collected, rate int, measure time.
 	if _, err := r.client.Run(ctx, r.self, loadJob{Target: r.vip, Sources: r.sources, Paths: job.Paths, Connections: 32, Measure: time.Second}.args()...); err != nil {
 		return err
 	}
-	// What it allocates without packets is not theirs.
 	var at [4]embedded
-	if at[0], err = ask(); err != nil {
-		return err
-	}
-	time.Sleep(measure / 2)
-	if at[1], err = ask(); err != nil {
-		return err
-	}
 	if at[2], err = ask(); err != nil {
 		return err
 	}
@@ -283,6 +275,12 @@ func (r *rig) collect(ctx context.Context, c *collected, rate int, measure time.
 		return err
 	}
 	if at[3], err = ask(); err != nil {
+		return err
+	}
+	// What it allocates without packets is not theirs.
+	at[0] = at[3]
+	time.Sleep(measure / 2)
+	if at[1], err = ask(); err != nil {
 		return err
 	}
 	var res loadResult

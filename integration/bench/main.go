@@ -58,6 +58,7 @@ var programs = map[string]func(ctx context.Context, args []string, w io.Writer) 
 	"sink":  func(_ context.Context, args []string, w io.Writer) error { return runSink(args, w) },
 	"loss":  runLoss,
 	"scale": runScale,
+	"flame": runFlame,
 	"start": runStart,
 	"embed": runEmbed,
 	"gc":    runGC,
