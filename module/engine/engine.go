@@ -185,7 +185,7 @@ type Engine struct {
 	opts       [40]byte // option bytes of a crafted segment
 	rstSlot    int64    // rate limit of stateless resets: second
 	rstCount   int
-	holding    bool // timers wait, see HoldTimers
+	holding    bool   // timers wait, see HoldTimers
 	waste      uint64 // see Ahead
 	stopping   bool
 	// preopening: the timer for min_idle is in order for the present database.
