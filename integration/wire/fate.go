@@ -36,6 +36,13 @@ type Impairment struct {
 	// with DF are answered by an ICMP error and IPv4 without DF is cut into
 	// fragments; 0 means none. A changed MTU counts from the next packet on.
 	MTU int
+	// BlackHole has the wire swallow what is larger than its MTU without the
+	// ICMP error.
+	BlackHole bool
+	// Tamper, if not nil, sees each IP packet first, may change its bytes, and
+	// says whether it goes on: for negative controls. The reader calls it, for
+	// one packet after the other. What it stops has had its fate drawn.
+	Tamper func(ip []byte) bool
 }
 
 // A Fate is what becomes of one packet.

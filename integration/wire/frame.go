@@ -96,6 +96,17 @@ func checksumOK(p []byte) bool {
 	return fold(sum(addrs)+uint64(protoTCP)+uint64(len(l4))+sum(l4)) == 0xffff
 }
 
+// FillTCP makes the checksum of a TCP segment anew, over an unfragmented IPv4 or
+// IPv6 packet without extension headers: for those that tamper with one.
+func FillTCP(p []byte) {
+	addrs, l4 := p[8:40], p[40:]
+	if p[0]>>4 == 4 {
+		addrs, l4 = p[12:20], p[int(p[0]&15)*4:]
+	}
+	l4[16], l4[17] = 0, 0
+	binary.BigEndian.PutUint16(l4[16:], ^fold(sum(addrs)+protoTCP+uint64(len(l4))+sum(l4)))
+}
+
 // corrupt changes a byte that a checksum covers. Of IPv6, the traffic class,
 // the flow label and the hop limit are not.
 func corrupt(p []byte, f *Fate) {

@@ -272,6 +272,9 @@ func (x *way) frame(b []byte) {
 	if !checksumOK(p) {
 		x.bad.Add(1)
 	}
+	if i.Tamper != nil && !i.Tamper(p) {
+		return
+	}
 	if f.Lost {
 		x.lost.Add(1)
 		return
@@ -285,7 +288,7 @@ func (x *way) frame(b []byte) {
 			return
 		}
 		x.tooBig.Add(1)
-		if !x.in.write(answerTooBig(b, p, i.MTU, x.w.hop4, x.w.hop6)) {
+		if !i.BlackHole && !x.in.write(answerTooBig(b, p, i.MTU, x.w.hop4, x.w.hop6)) {
 			x.overrun.Add(1)
 		}
 		return
