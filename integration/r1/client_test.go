@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -20,9 +21,14 @@ import (
 type caller struct {
 	c  *net.TCPConn
 	br *bufio.Reader
+	// patience bounds each exchange.
+	patience time.Duration
 }
 
-// patience bounds one exchange: beyond all that retransmission timers of a
+// errWrong is that of an answer whose bytes are not those that are due.
+var errWrong = errors.New("wrong bytes")
+
+// patience usually bounds one exchange: beyond all that retransmission timers of a
 // kernel add up to on a link that loses a few packets in a hundred.
 const patience = 90 * time.Second
 
@@ -33,7 +39,7 @@ func dial(ctx context.Context, h *lab.Host, d *net.Dialer, addr string) (*caller
 	if err != nil {
 		return nil, err
 	}
-	return &caller{c.(*net.TCPConn), bufio.NewReaderSize(c, 16<<10)}, nil
+	return &caller{c.(*net.TCPConn), bufio.NewReaderSize(c, 16<<10), patience}, nil
 }
 
 // A request is one request and the body of the answer that is due.
@@ -83,7 +89,7 @@ func (q *request) text() []byte {
 // do makes one exchange and compares every byte. The status is that of the
 // response, 0 where none came.
 func (k *caller) do(q *request) (status int, err error) {
-	_ = k.c.SetDeadline(time.Now().Add(patience))
+	_ = k.c.SetDeadline(time.Now().Add(k.patience))
 	if _, err := k.c.Write(q.text()); err != nil {
 		return 0, fmt.Errorf("%s, %d bytes of body: write: %w", q.path, len(q.post), err)
 	}
@@ -108,7 +114,7 @@ func (k *caller) read(q *request) (status int, err error) {
 		return resp.StatusCode, fmt.Errorf("%s %s: %s", method, q.path, resp.Status)
 	}
 	if !bytes.Equal(got, q.want) {
-		return resp.StatusCode, fmt.Errorf("%s %s: wrong bytes, %d of %d", method, q.path, len(got), len(q.want))
+		return resp.StatusCode, fmt.Errorf("%s %s: %w, %d of %d", method, q.path, errWrong, len(got), len(q.want))
 	}
 	if q.close {
 		if rest, err := io.ReadAll(k.br); err != nil || len(rest) > 0 {

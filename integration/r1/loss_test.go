@@ -3,6 +3,7 @@
 package r1
 
 import (
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -13,16 +14,42 @@ import (
 	"github.com/weirgate/weir/integration/wire"
 )
 
-// exchanges makes n requests of all kinds: GET and POST, to Go servers and to
-// nginx, kept-alive and one-shot. None may fail, no byte may be wrong, and no
-// POST may be executed more than once. stream separates the cases' random
-// numbers.
+// A tally is what exchanges have come to.
+type tally struct {
+	done, connections, posts int64
+	// repeated is how often a GET was executed once more.
+	repeated int64
+}
+
+// exchanges makes n requests of all kinds. None may fail, no byte may be wrong,
+// and no POST may be executed more than once.
 func (r *rig) exchanges(t *testing.T, n int, stream uint64) {
 	t.Helper()
-	var done, connections, posts, repeated atomic.Int64
 	before := r.metrics()
+	sum, err := r.attempt(t.Context(), n, stream, patience)
+	after := r.metrics()
+	t.Logf("%d requests, %d of them POST, on %d connections", sum.done, sum.posts, sum.connections)
+	if err != nil {
+		t.Error(err)
+	} else if int(sum.done) < n {
+		t.Errorf("only %d requests", sum.done)
+	}
+	for _, w := range r.web.wrong {
+		t.Error(w)
+	}
+	if again := events(after, "redispatch-idempotent") - events(before, "redispatch-idempotent"); int(sum.repeated) > again {
+		t.Errorf("GETs were executed %d times more than once, %d redispatches without proof are counted", sum.repeated, again)
+	}
+}
+
+// attempt makes n requests of all kinds: GET and POST, to Go servers and to
+// nginx, kept-alive and one-shot. It ends soon after one that failed, had wrong
+// bytes, or was a POST that was not executed exactly once. stream separates the
+// cases' random numbers, bound is the time of one exchange.
+func (r *rig) attempt(ctx context.Context, n int, stream uint64, bound time.Duration) (tally, error) {
+	var done, connections, posts, repeated atomic.Int64
 	const perConnection = 12
-	parallel(t, n/(perConnection/2-1), 24, func(i int) error {
+	err := parallel(n/(perConnection/2-1), 24, func(i int) error {
 		rnd := rand.New(rand.NewPCG(r.seed, stream+uint64(i)))
 		host := r.Clients[i%len(r.Clients)]
 		files := rnd.IntN(4) == 0
@@ -46,9 +73,10 @@ func (r *rig) exchanges(t *testing.T, n int, stream uint64) {
 			q.close = oneShot
 			if k == nil {
 				var err error
-				if k, err = dial(t.Context(), host, &net.Dialer{}, r.vip(port)); err != nil {
+				if k, err = dial(ctx, host, &net.Dialer{}, r.vip(port)); err != nil {
 					return err
 				}
+				k.patience = bound
 				connections.Add(1)
 			}
 			if _, err := k.do(&q); err != nil {
@@ -70,17 +98,7 @@ func (r *rig) exchanges(t *testing.T, n int, stream uint64) {
 		}
 		return nil
 	})
-	after := r.metrics()
-	t.Logf("%d requests, %d of them POST, on %d connections", done.Load(), posts.Load(), connections.Load())
-	for _, w := range r.web.wrong {
-		t.Error(w)
-	}
-	if d := done.Load(); int(d) < n && !t.Failed() {
-		t.Errorf("only %d requests", d)
-	}
-	if again := events(after, "redispatch-idempotent") - events(before, "redispatch-idempotent"); int(repeated.Load()) > again {
-		t.Errorf("GETs were executed %d times more than once, %d redispatches without proof are counted", repeated.Load(), again)
-	}
+	return tally{done.Load(), connections.Load(), posts.Load(), repeated.Load()}, err
 }
 
 // losses: requests of 1 B to 64 KB through 1 % loss, 2 % reordering and 1 %

@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/weirgate/weir/integration/lab"
@@ -40,6 +41,8 @@ type origin struct {
 	wrong []string
 	// idle, if not nil, says how long an idle connection is kept.
 	idle func() time.Duration
+	// reset, when true, has each POST executed and then answered by a reset.
+	reset atomic.Bool
 }
 
 func (o *origin) executed(nonce uint64) int {
@@ -95,6 +98,12 @@ func (o *origin) conn(c net.Conn) {
 		_ = c.SetReadDeadline(time.Time{})
 		b := o.handle(q)
 		if b == nil {
+			return
+		}
+		if o.reset.Load() && q.Method == http.MethodPost {
+			if tcp, ok := c.(*net.TCPConn); ok {
+				_ = tcp.SetLinger(0)
+			}
 			return
 		}
 		head := fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", len(b))

@@ -26,7 +26,7 @@ func portReuse(r *rig, t *testing.T) {
 	const ports = 10
 	each := size(150, 5000)
 	var posts, busy atomic.Int64
-	parallel(t, ports, ports, func(i int) error {
+	err := parallel(ports, ports, func(i int) error {
 		rnd := rand.New(rand.NewPCG(r.seed, 3<<32+uint64(i)))
 		d := &net.Dialer{
 			LocalAddr: &net.TCPAddr{IP: r.ClientAddr(0).AsSlice(), Port: 40_000 + i},
@@ -69,6 +69,9 @@ func portReuse(r *rig, t *testing.T) {
 		}
 		return nil
 	})
+	if err != nil {
+		t.Error(err)
+	}
 	for _, w := range r.web.wrong {
 		t.Error(w)
 	}
@@ -100,7 +103,7 @@ func keepAliveRace(r *rig, t *testing.T) {
 	n := size(5000, 100_000)
 	const each = 25
 	var gets, posts, refused, repeated atomic.Int64
-	parallel(t, n/each, 16, func(i int) error {
+	err := parallel(n/each, 16, func(i int) error {
 		rnd := rand.New(rand.NewPCG(r.seed, 4<<32+uint64(i)))
 		var k *caller
 		defer func() {
@@ -148,6 +151,9 @@ func keepAliveRace(r *rig, t *testing.T) {
 		}
 		return nil
 	})
+	if err != nil {
+		t.Error(err)
+	}
 	for _, w := range r.race.wrong {
 		t.Error(w)
 	}

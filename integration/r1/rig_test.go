@@ -5,6 +5,7 @@ package r1
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -279,6 +280,7 @@ func TestHostTCP(t *testing.T) {
 		{"corruption", corruption},
 		{"port reuse", portReuse},
 		{"keep-alive race", keepAliveRace},
+		{"controls", controls},
 		{"late first segments", lateFirstSegments},
 		{"line by line", lineByLine},
 		{"window hand-over", windowHandOver},
@@ -323,27 +325,36 @@ func within(t testing.TB, d time.Duration) context.Context {
 	return ctx
 }
 
-// parallel calls f for 0 to n-1, width at a time, and reports what they return.
+// parallel calls f for 0 to n-1, width at a time, and returns what they return.
 // It stops early after a failure.
-func parallel(t *testing.T, n, width int, f func(i int) error) {
-	t.Helper()
+func parallel(n, width int, f func(i int) error) error {
 	var wg sync.WaitGroup
+	var mu sync.Mutex
+	var errs []error
+	failed := func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return len(errs) > 0
+	}
 	next := make(chan int)
 	for range width {
 		wg.Go(func() {
 			for i := range next {
 				if err := f(i); err != nil {
-					t.Errorf("number %d: %v", i, err)
+					mu.Lock()
+					errs = append(errs, fmt.Errorf("number %d: %w", i, err))
+					mu.Unlock()
 				}
 			}
 		})
 	}
 	for i := range n {
-		if t.Failed() {
+		if failed() {
 			break
 		}
 		next <- i
 	}
 	close(next)
 	wg.Wait()
+	return errors.Join(errs...)
 }
