@@ -12,6 +12,8 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -89,28 +91,106 @@ func runLoss(ctx context.Context, args []string, w io.Writer) (err error) {
 	}
 	fmt.Fprintf(w, "bulk goodput of %d downloads over a link with %s of delay each way, %d rounds of %s each, congestion control %s\n\n",
 		*connections, *delay, *rounds, *measure, *congestion)
-	fmt.Fprintln(w, "| loss, both ways | direct, MB/s | spliced, MB/s | ratio |")
-	fmt.Fprintln(w, "| --- | --- | --- | --- |")
+	fmt.Fprintln(w, "| loss, both ways | direct, MB/s | spliced, MB/s | ratio | ratio, by round |")
+	fmt.Fprintln(w, "| --- | --- | --- | --- | --- |")
+	var details []string
 	for _, loss := range []float64{0.01, 0.03} {
 		for _, d := range []wire.Direction{wire.AB, wire.BA} {
 			link.Set(d, wire.Impairment{Loss: loss, Delay: *delay})
 		}
-		var bytes [2]int64
+		var sum [2]lossSample
+		var ratios []string
 		for round := range *rounds {
+			var bytes [2]int64
 			for i := range 2 {
 				which := (i + round) % 2 // each round begins with the other one
 				target := []netip.AddrPort{f.Server(0), f.VIP()}[which]
+				before, err := tcpCounters(f.Servers[0])
+				if err != nil {
+					return err
+				}
 				n, err := download(ctx, f.Clients[0], "http://"+target.String()+"/bulk", *connections, *measure)
 				if err != nil {
 					return err
 				}
-				bytes[which] += n
+				after, err := tcpCounters(f.Servers[0])
+				if err != nil {
+					return err
+				}
+				bytes[which] = n
+				sum[which].add(n, before, after)
 			}
+			ratios = append(ratios, fmt.Sprintf("%.2f", float64(bytes[1])/float64(bytes[0])))
 		}
 		perSecond := float64(*rounds) * measure.Seconds() * 1e6
-		fmt.Fprintf(w, "| %g %% | %.2f | %.2f | %.3f |\n", loss*100, float64(bytes[0])/perSecond, float64(bytes[1])/perSecond, float64(bytes[1])/float64(bytes[0]))
+		fmt.Fprintf(w, "| %g %% | %.2f | %.2f | %.3f | %s |\n", loss*100, float64(sum[0].bytes)/perSecond, float64(sum[1].bytes)/perSecond,
+			float64(sum[1].bytes)/float64(sum[0].bytes), strings.Join(ratios, " "))
+		for i := range sum {
+			details = append(details, fmt.Sprintf("%g %%, %s: %s", loss*100, [...]string{"direct", "spliced"}[i], sum[i].String()))
+		}
 	}
+	fmt.Fprintf(w, "\nthe server's TCP, for 1000 segments sent:\n%s\n", strings.Join(details, "\n"))
 	return nil
+}
+
+// lossCounters are those of the server's TCP that tell how it repaired losses.
+var lossCounters = []string{
+	"RetransSegs", "TCPFastRetrans", "TCPSlowStartRetrans", "TCPLostRetransmit", "TCPLossProbes", "TCPTimeouts",
+	"TCPSpuriousRTOs", "TCPDSACKRecv", "TCPSACKReorder", "TCPSackRecoveryFail",
+}
+
+// lossSample is what the measurements of one kind have come to.
+type lossSample struct {
+	bytes, sent int64
+	counters    [16]int64 // in the order of lossCounters
+}
+
+func (s *lossSample) add(n int64, before, after map[string]int64) {
+	s.bytes += n
+	s.sent += after["OutSegs"] - before["OutSegs"]
+	for i, name := range lossCounters {
+		s.counters[i] += after[name] - before[name]
+	}
+}
+
+func (s *lossSample) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%d segments, %.0f bytes each", s.sent, float64(s.bytes)/float64(max(s.sent, 1)))
+	for i, name := range lossCounters {
+		fmt.Fprintf(&b, ", %s %.2f", name, 1000*float64(s.counters[i])/float64(max(s.sent, 1)))
+	}
+	return b.String()
+}
+
+// tcpCounters reads the counters of a host's TCP by their names.
+func tcpCounters(h *lab.Host) (map[string]int64, error) {
+	m := map[string]int64{}
+	err := h.Do(func() error {
+		for _, file := range []string{"snmp", "netstat"} {
+			b, err := os.ReadFile("/proc/thread-self/net/" + file)
+			if err != nil {
+				return err
+			}
+			// Two lines for each protocol: names, then numbers.
+			lines := strings.Split(string(b), "\n")
+			for i := 0; i+1 < len(lines); i += 2 {
+				names, numbers := strings.Fields(lines[i]), strings.Fields(lines[i+1])
+				if len(names) == 0 || len(names) != len(numbers) || names[0] != "Tcp:" && names[0] != "TcpExt:" {
+					continue
+				}
+				for k := range names[1:] {
+					if m[names[k+1]], err = strconv.ParseInt(numbers[k+1], 10, 64); err != nil {
+						return err
+					}
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("host %s: counters of TCP: %w", h.Name(), err)
+	}
+	return m, nil
 }
 
 // download reads a file again and again over some connections and returns the
