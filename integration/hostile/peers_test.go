@@ -285,41 +285,12 @@ func TestLateServer(t *testing.T) {
 				} else {
 					wait += time.Duration(1+rnd.IntN(20)) * time.Millisecond
 				}
-				err := func() error {
-					ka, err := callAt(ctx, r, r.vip(w))
-					if err != nil {
-						return err
-					}
-					defer ka.c.Close()
-					saw := func(k *caller, own string) (alien []string) {
-						alien = k.foreign(own)
-						mu.Lock()
-						defer mu.Unlock()
-						for _, n := range alien {
-							leaks = append(leaks, leak{path, n})
-						}
-						return alien
-					}
-					if err := ka.own(path, a); err != nil {
-						if len(saw(ka, a)) > 0 {
-							return nil // it is judged by whose bytes these are
-						}
-						return fmt.Errorf("A: %w", err)
-					}
-					time.Sleep(wait)
-					kb, err := callAt(ctx, r, r.vip(w))
-					if err != nil {
-						return err
-					}
-					defer kb.c.Close()
-					err = kb.own("/plain/"+b, b)
-					alien := saw(kb, b)
-					saw(ka, a)
-					if err != nil && len(alien) == 0 {
-						return fmt.Errorf("B: %w", err)
-					}
-					return nil
-				}()
+				alien, err := lateTrial(path, a, b, wait, func() (*caller, error) { return callAt(ctx, r, r.vip(w)) })
+				mu.Lock()
+				for _, n := range alien {
+					leaks = append(leaks, leak{path, n})
+				}
+				mu.Unlock()
 				if err != nil {
 					mu.Lock()
 					errs = append(errs, err)
@@ -347,6 +318,84 @@ func TestLateServer(t *testing.T) {
 		t.Errorf("%d late answers, %d connections opened: the servers were not late", l.late, c.Opened)
 	}
 	r.stop()
+}
+
+// lateTrial lets A ask for an answer that another one follows, and B for its own
+// when A is about to leave, or gone. It returns the nonces that either got and
+// had not asked for. An error is an answer that did not come, for another reason
+// than that.
+func lateTrial(path, a, b string, wait time.Duration, dial func() (*caller, error)) (alien []string, err error) {
+	ka, err := dial()
+	if err != nil {
+		return nil, err
+	}
+	defer ka.c.Close()
+	if err := ka.own(path, a); err != nil {
+		if alien = ka.foreign(a); len(alien) > 0 {
+			return alien, nil // it is judged by whose bytes these are
+		}
+		return nil, fmt.Errorf("A: %w", err)
+	}
+	time.Sleep(wait)
+	kb, err := dial()
+	if err != nil {
+		return nil, err
+	}
+	defer kb.c.Close()
+	err = kb.own("/plain/"+b, b)
+	if alien = kb.foreign(b); err != nil && len(alien) == 0 {
+		return nil, fmt.Errorf("B: %w", err)
+	}
+	return append(alien, ka.foreign(a)...), nil
+}
+
+// TestLateServerFindsLeaks is the negative control of TestLateServer: with a
+// pool in the middle that does not look at what comes behind an answer, B gets
+// the late one.
+func TestLateServerFindsLeaks(t *testing.T) {
+	t.Parallel()
+	l := &liar{undecided: map[string]bool{}, ran: map[string]int{}}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	go l.serve(ln)
+	front, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer front.Close()
+	go leakyPool(front, ln.Addr().String())
+	ctx := within(t, 30*time.Second)
+	rnd := rand.New(rand.NewPCG(seed(t), 1))
+	found := 0
+	for range 20 {
+		a, b := newNonce(rnd), newNonce(rnd)
+		var first net.Conn
+		alien, _ := lateTrial("/late/"+a+"/20", a, b, 0, func() (*caller, error) {
+			if first != nil {
+				// A leaves before the late answer comes, and B asks after that.
+				first.Close()
+				until(t, 10*time.Second, "the late answer", func() bool { l.mu.Lock(); defer l.mu.Unlock(); return l.late > 0 })
+				l.mu.Lock()
+				l.late = 0
+				l.mu.Unlock()
+			}
+			c, err := (&net.Dialer{}).DialContext(ctx, "tcp", front.Addr().String())
+			if err != nil {
+				return nil, err
+			}
+			_ = c.SetDeadline(time.Now().Add(time.Second))
+			first = c
+			return newCaller(ctx, c), nil
+		})
+		found += len(alien)
+	}
+	if found == 0 {
+		t.Error("a pool that mixes clients up passes the check")
+	}
+	t.Logf("%d late answers reached another client", found)
 }
 
 // TestSpoiledConnections: after an answer that came twice, with bytes behind

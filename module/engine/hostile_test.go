@@ -172,7 +172,7 @@ func marked(n int, letter string) string {
 func TestStraddlingRetransmission(t *testing.T) {
 	rnd := seeded(t)
 	const crafted = 5000
-	leaks := 0 // of the naive equation, the negative control
+	both := 0 // segments with bytes of both
 	n := 0
 	for n < crafted {
 		g := newRig(t, oneServer, keepIdle)
@@ -204,9 +204,13 @@ func TestStraddlingRetransmission(t *testing.T) {
 			}
 			to := min(len(stream), max(from+1, len(respA)+sent+rnd.IntN(200)), from+1400)
 			if from < len(respA) && to > len(respA) {
-				leaks++
+				both++
 			}
-			b.note(g.play(g.raw(b.srv, ep2(b.port), seg{fl: ack | psh, seq: at(from), ack: b.sack, data: stream[from:to]})), 0)
+			got := g.play(g.raw(b.srv, ep2(b.port), seg{fl: ack | psh, seq: at(from), ack: b.sack, data: stream[from:to]}))
+			if bytesOf(got, b.cli, "A") {
+				t.Fatalf("straddling %d..%d: bytes of A leave toward B", from-len(respA), to-len(respA))
+			}
+			b.note(got, 0)
 			if to > len(respA)+sent && from <= len(respA)+sent {
 				sent = to - len(respA)
 			}
@@ -219,12 +223,34 @@ func TestStraddlingRetransmission(t *testing.T) {
 			t.Fatalf("B got %d of %d bytes", len(b.fromServer), len(respB))
 		}
 	}
-	// The negative control: without the epoch filter, translation alone would
-	// have put these bytes of A into B's sequence space.
-	if leaks < crafted/10 {
-		t.Errorf("only %d of %d segments held bytes of both", leaks, crafted)
+	if both < crafted/10 {
+		t.Errorf("only %d of %d segments held bytes of both", both, crafted)
 	}
-	t.Logf("%d crafted, %d with bytes of both responses", n, leaks)
+	t.Logf("%d crafted, %d with bytes of both responses", n, both)
+
+	// The negative control: without the epoch filter, translation alone puts
+	// bytes of A into segments for B, and the check sees them.
+	g, a := served(t)
+	b := g.dial(c2, 7000)
+	b.srv, b.port, b.sseq, b.sack = a.srv, a.port, a.sseq, a.sack
+	b.ask(get("/b", 70), 0)
+	v := g.e.servers.At(g.e.servers.Lookup(&packet.Tuple{Src: ep(b.srv), Dst: ep(ep2(b.port))}))
+	v.RcvBase = v.RcvBase.Sub(50)
+	straddling := strings.Repeat("A", 50) + marked(100, "B")
+	if !bytesOf(g.play(g.raw(b.srv, ep2(b.port), seg{fl: ack | psh, seq: b.sseq - 50, ack: b.sack, data: straddling})), b.cli, "A") {
+		t.Error("without the filter nothing is found: the check sees nothing")
+	}
+}
+
+// bytesOf reports whether data that leave toward a client hold ten times that
+// letter, in a row.
+func bytesOf(all []sent, client netip.AddrPort, letter string) bool {
+	for _, s := range all {
+		if s.dst == client && bytes.Contains(s.data, []byte(strings.Repeat(letter, 10))) {
+			return true
+		}
+	}
+	return false
 }
 
 // TestLateBytesReachNobody: bytes of A's exchange that come after A is gone,
@@ -416,23 +442,7 @@ func TestDesynchronisingACK(t *testing.T) {
 		}
 		// Real ends: a segment whose numbers are not acceptable, or an
 		// acknowledgment of what was never sent, is answered with an ACK.
-		queue := g.play(g.raw(src, dst, forged))
-		passed := 0
-		for len(queue) > 0 && passed < 100 {
-			s := queue[0]
-			queue = queue[1:]
-			passed++
-			switch {
-			case s.dst == a.cli:
-				if s.seq != a.cack || a.cseq.Less(s.ack) {
-					queue = append(queue, g.play(g.raw(a.cli, vip, seg{fl: ack, seq: a.cseq, ack: a.cack}))...)
-				}
-			case s.dst == a.srv:
-				if s.seq != a.sack || a.sseq.Less(s.ack) {
-					queue = append(queue, g.play(g.raw(a.srv, ep2(a.port), seg{fl: ack, seq: a.sseq, ack: a.sack}))...)
-				}
-			}
-		}
+		passed := a.converse(g.play(g.raw(src, dst, forged)))
 		most = max(most, passed)
 		if passed > 10 {
 			t.Fatalf("flow %d: %d packets after one forged acknowledgment", f, passed)
@@ -444,6 +454,52 @@ func TestDesynchronisingACK(t *testing.T) {
 		}
 	}
 	t.Logf("at most %d packets after a forged acknowledgment", most)
+
+	// The negative control: with a wrong delta, as a bug would leave it, one
+	// acknowledgment sets both ends talking. The count stops that too; without
+	// the count it has no end, and the test sees it.
+	for _, defended := range []bool{true, false} {
+		g := newRig(t, oneServer, keepIdle)
+		g.iss = []packet.Seq{1999}
+		a := g.dial(c1, 100)
+		a.ask(get("/", 100), 499)
+		c := g.e.clients.At(g.e.clients.Lookup(&packet.Tuple{Src: ep(a.cli), Dst: ep(vip)}))
+		c.Epoch.RespBase, c.Epoch.SndBase = c.Epoch.RespBase.Sub(3), c.Epoch.SndBase.Sub(3)
+		n := a.converse(g.play(g.raw(a.cli, vip, seg{fl: ack, seq: a.cseq, ack: a.cack})), func() {
+			if !defended {
+				c.Loop = 0
+			}
+		})
+		if (n <= 10) != defended {
+			t.Errorf("a wrong delta, repeated ACKs counted: %v: %d packets", defended, n)
+		}
+	}
+}
+
+// converse lets both ends answer as TCPs do whose numbers are not met, and
+// returns how many packets that takes, a hundred at most. each is called before
+// every one.
+func (p *pair) converse(queue []sent, each ...func()) (passed int) {
+	p.g.t.Helper()
+	for len(queue) > 0 && passed < 100 {
+		for _, f := range each {
+			f()
+		}
+		s := queue[0]
+		queue = queue[1:]
+		passed++
+		switch {
+		case s.dst == p.cli:
+			if s.seq != p.cack || p.cseq.Less(s.ack) {
+				queue = append(queue, p.g.play(p.g.raw(p.cli, vip, seg{fl: ack, seq: p.cseq, ack: p.cack}))...)
+			}
+		case s.dst == p.srv:
+			if s.seq != p.sack || p.sseq.Less(s.ack) {
+				queue = append(queue, p.g.play(p.g.raw(p.srv, ep2(p.port), seg{fl: ack, seq: p.sseq, ack: p.sack}))...)
+			}
+		}
+	}
+	return passed
 }
 
 // TestOptimisticACK: acknowledgments of bytes that were never sent neither
@@ -564,6 +620,14 @@ func TestStatelessFlood(t *testing.T) {
 	seconds := int(packets * 50_000 / second)
 	if answers > (seconds+2)*1000 { // the rate limit of stateless resets
 		t.Errorf("%d answers in %d seconds", answers, seconds)
+	}
+	if g.e.Count.Get(ReasonResetLimit) == 0 {
+		t.Errorf("the limit of resets is not counted: %s", g.counts())
+	}
+	// A second later, resets are to be had again.
+	g.now += second
+	if got := g.play(g.raw(c2, vip, seg{fl: ack | psh, seq: 1, ack: 2, data: "x"})); len(got) != 1 || !got[0].fl.Has(rst) {
+		t.Errorf("after the flood a stray segment gets %+v", got)
 	}
 	// The negative control: a request behind a true handshake gets a record.
 	g.hs.Cookies = g.cookies
