@@ -385,16 +385,17 @@ func (m *Module) awaitSnapshots(ctx context.Context, now, next *config.Config) {
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		missing := len(want)
+		down, heard := map[string]bool{}, map[pair]bool{}
 		for _, st := range m.host.Status() {
-			for w := range want {
-				if w.plugin != st.Plugin {
-					continue
-				}
-				i := slices.IndexFunc(st.Farms, func(f host.FarmStatus) bool { return f.Farm == w.farm })
-				if st.State != host.StateUp || i >= 0 && st.Farms[i].LastTick.After(asked) {
-					missing--
-				}
+			down[st.Plugin] = st.State != host.StateUp
+			for _, f := range st.Farms {
+				heard[pair{f.Farm, st.Plugin}] = f.LastTick.After(asked)
+			}
+		}
+		missing := 0
+		for w := range want {
+			if !down[w.plugin] && !heard[w] {
+				missing++
 			}
 		}
 		if missing == 0 {

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -71,12 +72,19 @@ func runStart(ctx context.Context, args []string, w io.Writer) (err error) {
 	fs := flag.NewFlagSet("bench start", flag.ContinueOnError)
 	fs.SetOutput(w)
 	weir := fs.String("weir", "bin/weir", "the weir executable")
+	only := fs.String("farms", "", "only the sizes with that many farms")
 	out := fs.String("out", "docs/bench", "directory of the report; empty: standard output alone")
+	realtime := fs.Bool("realtime", false, "as for the comparison")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
 	if os.Geteuid() != 0 {
 		return errors.New("it makes network namespaces, and needs root for that: sudo make bench BENCH=start")
+	}
+	if *realtime {
+		if err := first(); err != nil {
+			return err
+		}
 	}
 	bin, err := filepath.Abs(*weir)
 	if err != nil {
@@ -94,6 +102,9 @@ func runStart(ctx context.Context, args []string, w io.Writer) (err error) {
 	}
 	fmt.Fprint(&b, "\n*Serves* is the time from the start of the process until it answers clients and operators, *routed* until every farm has its routes from the plugin. *One weight* and *every route* are `weir reload` after such a change, until it is in force.\n\n| farms | servers | routes | configuration | serves | routed | processor | resident | one weight | every route |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n")
 	for _, n := range installations {
+		if *only != "" && *only != strconv.Itoa(n.farms) {
+			continue
+		}
 		s, err := r.install(ctx, n)
 		if err != nil {
 			return fmt.Errorf("%d farms: %w", n.farms, err)

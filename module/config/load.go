@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -13,7 +14,7 @@ import (
 	"strings"
 
 	"github.com/go-viper/mapstructure/v2"
-	"github.com/knadh/koanf/maps"
+	kmaps "github.com/knadh/koanf/maps"
 	"github.com/knadh/koanf/providers/env/v2"
 	"github.com/knadh/koanf/providers/file"
 	"github.com/knadh/koanf/v2"
@@ -118,6 +119,8 @@ type builder struct {
 	sums   map[string]checksum // of the files that were read
 	errs   Errors
 	layers int
+	// lengths are those of the lists that are appended to, so far.
+	lengths map[string]int
 }
 
 // checksum tells contents of files apart.
@@ -140,7 +143,7 @@ func (s summing) ReadBytes() ([]byte, error) {
 }
 
 func newBuilder() *builder {
-	b := &builder{ko: koanf.New("."), at: map[string]position{}, sums: map[string]checksum{}}
+	b := &builder{ko: koanf.New("."), at: map[string]position{}, sums: map[string]checksum{}, lengths: map[string]int{}}
 	b.load(mapProvider(schema.defaults()), nil, nil)
 	return b
 }
@@ -160,18 +163,22 @@ func merge(src, dest map[string]any) error {
 		dest[name] = append(slices.Clip(old), more...)
 		delete(src, name)
 	}
-	maps.Merge(src, dest)
+	kmaps.Merge(src, dest)
 	return nil
 }
 
 // load puts one layer over the others and adds its problems and positions.
 func (b *builder) load(p koanf.Provider, parser koanf.Parser, l *layer) {
-	base := map[string]int{}
-	for _, name := range appended {
-		list, _ := b.ko.Get(name).([]any)
-		base[name] = len(list)
-	}
-	err := b.ko.Load(p, parser, koanf.WithMergeFunc(merge))
+	base := maps.Clone(b.lengths)
+	// A look into koanf's own map would copy all of it.
+	err := b.ko.Load(p, parser, koanf.WithMergeFunc(func(src, dest map[string]any) error {
+		err := merge(src, dest)
+		for _, name := range appended {
+			list, _ := dest[name].([]any)
+			b.lengths[name] = len(list)
+		}
+		return err
+	}))
 	if l == nil {
 		return
 	}
@@ -240,8 +247,11 @@ func (b *builder) addFile(name string, p koanf.Provider) {
 }
 
 func (b *builder) addEnv(environ []string) {
-	environ = slices.Sorted(slices.Values(environ))
+	environ = slices.DeleteFunc(slices.Sorted(slices.Values(environ)), func(v string) bool { return !strings.HasPrefix(v, EnvPrefix) })
 	l := b.next("")
+	if len(environ) == 0 {
+		return
+	}
 	p := env.Provider(".", env.Opt{
 		Prefix:      EnvPrefix,
 		EnvironFunc: func() []string { return environ },
@@ -302,7 +312,11 @@ func (b *builder) addOverrides(overrides map[string]any) {
 			values[key] = v
 		}
 	}
-	b.load(mapProvider(maps.Unflatten(values, ".")), nil, l)
+	if len(values) == 0 {
+		b.errs = append(b.errs, l.errs...)
+		return
+	}
+	b.load(mapProvider(kmaps.Unflatten(values, ".")), nil, l)
 }
 
 // single checks one value that has no file around it. spell writes a key path
