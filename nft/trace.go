@@ -383,17 +383,19 @@ func (x *tracer) step(a attrs, pr *probe, base **theirChain, last *string, r *Tr
 	switch {
 	case kind == traceIsPolicy && a.uint(traceAttrPolicy) == verdictDrop:
 	case kind == traceIsRule && (verdict == verdictDrop || verdict == stolen || verdict == verdictQueue):
-		if verdict != verdictDrop {
-			o.fate = taken
-			if !pr.t.marked {
-				trouble = TakesSYN
-			}
-		}
 		handle := a.uint(traceAttrHandle)
 		if i := slices.IndexFunc(chain.rules, func(r theirRule) bool { return r.handle == handle }); i >= 0 {
 			o.rule = &chain.rules[i]
 		} else {
 			o.rule = &theirRule{handle: handle, text: fmt.Sprintf("rule with handle %d", handle), legacy: &legacyRule{}}
+		}
+		// SYNPROXY drops an IPv6 packet whose checksum nobody has vouched for:
+		// the kernel computes it as that of IPv4. A client's it takes.
+		if verdict != verdictDrop || slices.ContainsFunc(o.rule.exprs, func(e theirExpr) bool { return e.name == "synproxy" }) {
+			o.fate = taken
+			if !pr.t.marked {
+				trouble = TakesSYN
+			}
 		}
 	default:
 		return false
