@@ -33,14 +33,21 @@ type asking struct {
 	plugin string // its executable
 	vip    string
 	other  string // the VIP of the other farm
+	six    bool   // the farm is there over IPv6 too
 }
 
 // newAsking starts it. The plugin takes delay for an answer, below 0 for ever.
 func newAsking(t *testing.T, delay, deadline string) *asking {
 	t.Helper()
-	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2, NoIPv6: true})
+	return newAskingOver(t, delay, deadline, false)
+}
+
+// newAskingOver has a farm over IPv6 too, if wanted.
+func newAskingOver(t *testing.T, delay, deadline string, six bool) *asking {
+	t.Helper()
+	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2, NoIPv6: !six})
 	r.farmhands(100)
-	a := &asking{rig: r, plugin: oddPlugin(t), vip: r.VIP().String(), other: "203.0.113.11:80"}
+	a := &asking{rig: r, plugin: oddPlugin(t), vip: r.VIP().String(), other: "203.0.113.11:80", six: six}
 	if err := r.Router.AddAddr("lo", netip.MustParsePrefix("203.0.113.11/32")); err != nil {
 		t.Fatal(err)
 	}
@@ -61,7 +68,7 @@ func newAsking(t *testing.T, delay, deadline string) *asking {
 
 func (a *asking) config(delay, deadline, fallback string) string {
 	text := a.Config(lab.ConfigOptions{
-		Dir:      a.run,
+		Dir: a.run, IPv6: a.six,
 		Policies: fmt.Sprintf("[{use: odd, fallback: %s, config: {delay: %s}}]", fallback, delay),
 		Plugins:  fmt.Sprintf("[{name: odd, command: [%q, ask], ask: {deadline: %s}}]", a.plugin, deadline),
 	})
@@ -310,7 +317,14 @@ func TestAskConcurrency(t *testing.T) {
 // class; a banned client is in a set of nftables, for its time.
 func TestVerdictsInKernel(t *testing.T) {
 	nft, tc := require.Tool(t, "nft"), require.Tool(t, "tc")
-	a := newAsking(t, "0s", "1s")
+	a := newAskingOver(t, "0s", "1s", true)
+	for i, h := range a.Servers {
+		if _, err := lab.HTTPServer(h, a.Server6(i).String(), http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("X-Server", h.Name())
+		})); err != nil {
+			t.Fatal(err)
+		}
+	}
 	run := func(name string, args ...string) string {
 		t.Helper()
 		out, err := a.Router.Run(within(t, 10*time.Second), name, args...)
@@ -324,15 +338,16 @@ func TestVerdictsInKernel(t *testing.T) {
 	}
 	for _, s := range []string{
 		"qdisc replace dev LEG root handle 1: htb default 1", "class replace dev LEG parent 1: classid 1:1 htb rate 10gbit quantum 60000",
-		"class replace dev LEG parent 1: classid 1:20 htb rate 100mbit",
+		"class replace dev LEG parent 1: classid 1:20 htb rate 100mbit", "class replace dev LEG parent 1: classid 1:30 htb rate 100mbit",
 	} {
 		run(tc, strings.Fields(strings.ReplaceAll(s, "LEG", a.ClientLeg))...)
 	}
 	run(nft, `add table inet look; add chain inet look c { type filter hook postrouting priority 0; };
-add rule inet look c oifname `+a.ClientLeg+` meta mark and 0xff0000ff == 0x57000010 meta priority set 1:20`)
-	sent := func() int {
+add rule inet look c oifname `+a.ClientLeg+` meta nfproto ipv4 meta mark and 0xff0000ff == 0x57000010 meta priority set 1:20
+add rule inet look c oifname `+a.ClientLeg+` meta nfproto ipv6 meta mark and 0xff0000ff == 0x57000010 meta priority set 1:30`)
+	sent := func(class string) int {
 		t.Helper()
-		m := regexp.MustCompile(`class htb 1:20 .*\n\s*Sent (\d+) bytes`).FindStringSubmatch(run(tc, "-s", "class", "show", "dev", a.ClientLeg))
+		m := regexp.MustCompile(`class htb ` + class + ` .*\n\s*Sent (\d+) bytes`).FindStringSubmatch(run(tc, "-s", "class", "show", "dev", a.ClientLeg))
 		if m == nil {
 			t.Fatal("tc does not show the class")
 		}
@@ -342,43 +357,51 @@ add rule inet look c oifname `+a.ClientLeg+` meta mark and 0xff0000ff == 0x57000
 		}
 		return n
 	}
-	if status, server, _ := a.get(a.vip, "/plain"); status != 200 || server != "s2" {
-		t.Errorf("status %d of %s", status, server)
+	families := []struct{ vip, client, set, class string }{
+		{a.vip, a.ClientAddr(0).String(), "bans4", "1:20"},
+		{a.VIP6().String(), a.ClientAddr6(0).String(), "bans6", "1:30"},
 	}
-	if n := sent(); n != 0 {
-		t.Errorf("%d bytes are in the class before anything has its mark", n)
-	}
-	until(t, 20*time.Second, "packets in the class of the plugin's mark", func() bool {
-		a.get(a.vip, "/marked/x")
-		return sent() > 0
-	})
-
-	asked := time.Now()
-	until(t, 20*time.Second, "the ban", func() bool {
-		asked = time.Now()
-		status, _, _ := a.get(a.vip, "/banned/x")
-		return status == 403
-	})
-	listed := false
-	until(t, 20*time.Second, "the client in the kernel's set", func() bool {
-		listed = strings.Contains(run(nft, "list", "set", "inet", "weir", "bans4"), a.ClientAddr(0).String()+" timeout "+oddBan.String())
-		return listed || time.Since(asked) > oddBan
-	})
-	dial := func() bool {
-		ctx, cancel := context.WithTimeout(t.Context(), 400*time.Millisecond)
-		defer cancel()
-		c, err := a.Clients[0].Dial(ctx, "tcp", a.vip)
-		if err == nil {
-			c.Close()
+	for _, f := range families {
+		if status, server, _ := a.get(f.vip, "/plain"); status != 200 || server != "s2" {
+			t.Errorf("%s: status %d of %s", f.vip, status, server)
 		}
-		return err == nil
+		if n := sent(f.class); n != 0 {
+			t.Errorf("%s: %d bytes are in the class before anything has its mark", f.vip, n)
+		}
+		until(t, 20*time.Second, "packets in the class of the plugin's mark, of "+f.vip, func() bool {
+			a.get(f.vip, "/marked/x")
+			return sent(f.class) > 0
+		})
 	}
-	if dial() && time.Since(asked) < oddBan {
-		t.Error("a banned client is let in")
-	}
-	until(t, 20*time.Second, "the end of the ban", dial)
-	if !listed {
-		t.Error("the client was never in the kernel's set")
+	a.client.CloseIdleConnections()
+	for _, f := range families {
+		asked := time.Now()
+		until(t, 20*time.Second, "the ban", func() bool {
+			asked = time.Now()
+			status, _, _ := a.get(f.vip, "/banned/x")
+			return status == 403
+		})
+		listed := false
+		until(t, 20*time.Second, "the client in the kernel's set", func() bool {
+			listed = strings.Contains(run(nft, "list", "set", "inet", "weir", f.set), f.client+" timeout "+oddBan.String())
+			return listed || time.Since(asked) > oddBan
+		})
+		dial := func() bool {
+			ctx, cancel := context.WithTimeout(t.Context(), 400*time.Millisecond)
+			defer cancel()
+			c, err := a.Clients[0].Dial(ctx, "tcp", f.vip)
+			if err == nil {
+				c.Close()
+			}
+			return err == nil
+		}
+		if dial() && time.Since(asked) < oddBan {
+			t.Errorf("a banned client is let in by %s", f.vip)
+		}
+		until(t, 20*time.Second, "the end of the ban", dial)
+		if !listed {
+			t.Errorf("the client was never in the kernel's set %s", f.set)
+		}
 	}
 	if out := run(nft, "list", "counter", "inet", "weir", "banned"); strings.Contains(out, "packets 0 ") {
 		t.Errorf("the kernel dropped nothing:\n%s", out)
