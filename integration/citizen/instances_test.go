@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -29,7 +30,7 @@ func (r *rig) second(change func(string) string) lab.WeirOptions {
 	socket := filepath.Join(run, "admin.sock")
 	config := fmt.Sprintf(`runtime_dir: %q
 stop_timeout: 2s
-source: {addresses: [198.51.100.1], ports: 5000-9999}
+source: {addresses: [198.51.100.1, "2001:db8:51::1"], ports: 5000-9999}
 queue: {first: 30000}
 firewall: {table: weir2, mark: 0x58000000/0xff000000}
 admin: {socket: %q, metrics: 127.0.0.1:9465}
@@ -37,7 +38,10 @@ farms:
   - name: web
     listen: 203.0.113.11:80
     servers: [{name: s1, address: %q}]
-`, run, socket, r.Server(1))
+  - name: web6
+    listen: "[2001:db8:203::11]:80"
+    servers: [{name: s1, address: %q}]
+`, run, socket, r.Server(1), r.Server6(1))
 	if change != nil {
 		config = change(config)
 	}
@@ -49,12 +53,19 @@ farms:
 func TestTwoInstances(t *testing.T) {
 	for _, first := range []bool{true, false} {
 		t.Run(map[bool]string{true: "first ends", false: "second ends"}[first], func(t *testing.T) {
-			r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2, NoIPv6: true})
-			r.serve(func(i int) []netip.AddrPort { return []netip.AddrPort{r.Server(i)} })
-			if err := r.Router.AddAddr("lo", netip.MustParsePrefix("203.0.113.11/32")); err != nil {
+			r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2})
+			r.serve(r.both)
+			vipsOne := []netip.AddrPort{r.VIP(), r.VIP6()}
+			vipsTwo := []netip.AddrPort{netip.MustParseAddrPort("203.0.113.11:80"), netip.MustParseAddrPort("[2001:db8:203::11]:80")}
+			vips := slices.Concat(vipsOne, vipsTwo)
+			for _, vip := range vipsTwo {
+				if err := r.Router.AddAddr("lo", netip.PrefixFrom(vip.Addr(), vip.Addr().BitLen())); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := r.Router.Settle(within(t, 20*time.Second)); err != nil {
 				t.Fatal(err)
 			}
-			vips := []netip.AddrPort{r.VIP(), netip.MustParseAddrPort("203.0.113.11:80")}
 			before, err := r.Router.Snapshot()
 			if err != nil {
 				t.Fatal(err)
@@ -64,19 +75,19 @@ func TestTwoInstances(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			isVIP := func(a netip.AddrPort) bool { return a == vips[0] || a == vips[1] }
+			isVIP := func(a netip.AddrPort) bool { return slices.Contains(vips, a) }
 			watch := r.watchOn(
 				leg{r.ClientLeg, isVIP, nil},
 				leg{r.ServerLeg, r.isSNIP, func(s ladder.Segment) bool { return isVIP(s.Src) || r.isClient(s.Src) || r.isClient(s.Dst) }},
 			)
 			r.mustLoad(500, vips...)
-			ends, stays, vip := one, two, vips[1]
+			ends, stays, left := one, two, vipsTwo
 			if !first {
-				ends, stays, vip = two, one, vips[0]
+				ends, stays, left = two, one, vipsOne
 			}
 			r.stop(ends)
 			log := stays.Log
-			r.mustLoad(200, vip)
+			r.mustLoad(200, left...)
 			for _, w := range []string{"foreign-rules", "level=ERROR"} {
 				if strings.Contains(log(), w) {
 					t.Errorf("the one that stays says: %s", log())
@@ -98,8 +109,8 @@ func TestTwoInstances(t *testing.T) {
 // TestInstancesRefused: an instance that would get into another's way says so
 // and changes nothing.
 func TestInstancesRefused(t *testing.T) {
-	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2, NoIPv6: true})
-	r.serve(func(i int) []netip.AddrPort { return []netip.AddrPort{r.Server(i)} })
+	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2})
+	r.serve(r.both)
 	w := r.start()
 	for _, c := range []struct{ what, from, to, want string }{
 		{"the queues", "first: 30000", "first: 22272", "queue 22272"},
@@ -114,7 +125,7 @@ func TestInstancesRefused(t *testing.T) {
 		} else if !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want an error with %q", c.what, err, c.want)
 		}
-		r.mustLoad(50, r.VIP())
+		r.mustLoad(50, r.VIP(), r.VIP6())
 	}
 	r.stop(w)
 }

@@ -117,9 +117,12 @@ func TestKilled(t *testing.T) {
 }
 
 // counted reads a counter of weir's table.
-func (r *rig) counted(name string) (packets int) {
+func (r *rig) counted(name string) int { r.t.Helper(); return r.countedBy("inet weir", name) }
+
+// countedBy reads a counter of somebody's table.
+func (r *rig) countedBy(table, name string) (packets int) {
 	r.t.Helper()
-	text := r.shell("nft list counter inet weir " + name)
+	text := r.shell("nft list counter " + table + " " + name)
 	if _, err := fmt.Sscanf(text[max(strings.Index(text, "packets"), 0):], "packets %d", &packets); err != nil {
 		r.t.Fatalf("counter %s: %v: %s", name, err, text)
 	}

@@ -28,8 +28,8 @@ func TestInspectAll(t *testing.T) {
 			}
 			// Bans in front, then what is established, and one port; as many
 			// hosts have it, with the one rule that inspect: all needs.
-			r.nft("table inet host {\nset banned { type ipv4_addr; }\nchain i {\ntype filter hook " + hook + " priority 0; policy drop;\n" +
-				acceptMark + "\nip saddr @banned drop\nct state established,related accept\nct state invalid drop\n" +
+			r.nft("table inet host {\nset banned { type ipv4_addr; }\nset banned6 { type ipv6_addr; }\nchain i {\ntype filter hook " + hook + " priority 0; policy drop;\n" +
+				acceptMark + "\nip saddr @banned drop\nip6 saddr @banned6 drop\nct state established,related accept\nct state invalid drop\n" +
 				"tcp flags & (fin|syn|rst|ack) != syn ct state new drop\ntcp dport 80 ct state new accept\nmeta l4proto { icmp, ipv6-icmp } accept\n}\n}\n")
 			w := r.start()
 			watch := r.watch()
@@ -46,28 +46,35 @@ func TestInspectAll(t *testing.T) {
 			if len(found) != 1 || found[0].Trouble != nft.DropsClient {
 				t.Fatalf("found %v, want one chain that drops untracked packets", found)
 			}
-			if err := ask(r.Clients[0], r.VIP(), "/before", time.Second); err == nil {
-				t.Error("a request is served by rules that refuse untracked packets")
+			vips := []netip.AddrPort{r.VIP(), r.VIP6()}
+			for _, vip := range vips {
+				if err := ask(r.Clients[0], vip, "/before", time.Second); err == nil {
+					t.Errorf("%v: a request is served by rules that refuse untracked packets", vip)
+				}
 			}
 			r.nft(documented(t, "firewalls.md", "nft inspect"))
 			if found := inspect(); len(found) != 0 {
 				t.Fatalf("found %v", found)
 			}
-			r.mustLoad(1000, r.VIP(), r.VIP6())
-			kept := r.Clients[0].HTTPClient(lab.HTTPClientOptions{Timeout: time.Second, MaxConns: 1})
-			if err := get(kept, r.VIP(), "/one"); err != nil {
-				t.Fatal(err)
+			r.mustLoad(1000, vips...)
+			running := map[netip.AddrPort]*connection{}
+			for _, vip := range vips {
+				running[vip] = keep(t, r.Clients[0], vip)
 			}
-			r.nft("add element inet host banned { 198.18.0.11 }")
-			if err := get(kept, r.VIP(), "/two"); err == nil {
-				t.Error("the running connection of a banned client is served")
+			r.nft("add element inet host banned { 198.18.0.11 }\nadd element inet host banned6 { 2001:db8:18::b }")
+			for _, vip := range vips {
+				if err := running[vip].get("/two", time.Second); err == nil {
+					t.Errorf("%v: the running connection of a banned client is served", vip)
+				}
+				if err := ask(r.Clients[0], vip, "/three", time.Second); err == nil {
+					t.Errorf("%v: a new connection of a banned client is served", vip)
+				}
 			}
-			if err := ask(r.Clients[0], r.VIP(), "/three", time.Second); err == nil {
-				t.Error("a new connection of a banned client is served")
-			}
-			r.nft("delete element inet host banned { 198.18.0.11 }")
-			if err := ask(r.Clients[0], r.VIP(), "/four", 20*time.Second); err != nil {
-				t.Error(err)
+			r.nft("delete element inet host banned { 198.18.0.11 }\ndelete element inet host banned6 { 2001:db8:18::b }")
+			for _, vip := range vips {
+				if err := ask(r.Clients[0], vip, "/four", 20*time.Second); err != nil {
+					t.Errorf("%v: %v", vip, err)
+				}
 			}
 			watch.judge()
 			r.stop(w)

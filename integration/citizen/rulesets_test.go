@@ -111,7 +111,7 @@ var rulesets = []ruleset{
 			file("firewalld-changed.nft", "")(r)
 		},
 	},
-	{name: "docker", load: file("docker.v4", "nft"), blocked: true, change: commands("sh docker", "nft")},
+	{name: "docker", load: several(file("docker.v4", "nft"), file("docker.v6", "nft")), blocked: true, change: commands("sh docker", "nft")},
 	{
 		name: "fw4", load: file("fw4.nft", ""), blocked: true, forwards: true,
 		// What fw4 makes of the file that it includes.
@@ -207,8 +207,10 @@ func TestBesideRulesets(t *testing.T) {
 				if len(found) == 0 {
 					t.Error("nothing is found that stands in the way")
 				}
-				if err := ask(r.Clients[0], r.VIP(), "/before", 1500*time.Millisecond); err == nil {
-					t.Error("a request is served without the change")
+				for _, v := range vips {
+					if err := ask(r.Clients[0], v, "/before", 1500*time.Millisecond); err == nil {
+						t.Errorf("%v: a request is served without the change", v)
+					}
 				}
 			} else {
 				for i := range found {
@@ -225,14 +227,13 @@ func TestBesideRulesets(t *testing.T) {
 				t.Errorf("after the change there is still: %s", &still[i])
 			}
 			before := r.others()
-			if err := ask(r.Clients[0], r.VIP(), "/first", 20*time.Second); err != nil {
-				t.Fatal(err)
+			for _, v := range vips {
+				if err := ask(r.Clients[0], v, "/first", 20*time.Second); err != nil {
+					t.Fatalf("%v: %v", v, err)
+				}
 			}
 			r.mustLoad(1000, vips...)
 			for _, v := range vips {
-				if v.Addr().Is6() && c.name == "docker" {
-					continue // it has no rules for that family
-				}
 				if err := ask(r.Clients[1], v, "/banned", 700*time.Millisecond); err == nil {
 					t.Errorf("the banned client is served by %v", v)
 				}
@@ -258,21 +259,25 @@ func TestBesideRulesets(t *testing.T) {
 // TestBanOfOneServed: a ban acts on a client's next connection, not on its
 // running ones, as with any firewall that accepts what is established.
 func TestBanOfOneServed(t *testing.T) {
-	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 1, NoIPv6: true})
-	r.serve(func(i int) []netip.AddrPort { return []netip.AddrPort{r.Server(i)} })
-	r.nft("table inet bans {\nset banned { type ipv4_addr; }\nchain i {\ntype filter hook input priority 0;\nip saddr @banned drop\n}\n}\n")
+	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 1})
+	r.serve(r.both)
+	r.nft("table inet bans {\nset banned { type ipv4_addr; }\nset banned6 { type ipv6_addr; }\n" +
+		"chain i {\ntype filter hook input priority 0;\nip saddr @banned drop\nip6 saddr @banned6 drop\n}\n}\n")
 	w := r.start()
 	watch := r.watch()
-	kept := r.Clients[0].HTTPClient(lab.HTTPClientOptions{Timeout: 10 * time.Second, MaxConns: 1})
-	if err := get(kept, r.VIP(), "/one"); err != nil {
-		t.Fatal(err)
+	vips := []netip.AddrPort{r.VIP(), r.VIP6()}
+	running := map[netip.AddrPort]*connection{}
+	for _, vip := range vips {
+		running[vip] = keep(t, r.Clients[0], vip)
 	}
-	r.nft("add element inet bans banned { 198.18.0.11 }")
-	if err := get(kept, r.VIP(), "/two"); err != nil {
-		t.Errorf("the running connection: %v", err)
-	}
-	if err := ask(r.Clients[0], r.VIP(), "/new", 700*time.Millisecond); err == nil {
-		t.Error("the banned client opens a new connection")
+	r.nft("add element inet bans banned { 198.18.0.11 }\nadd element inet bans banned6 { 2001:db8:18::b }")
+	for _, vip := range vips {
+		if err := running[vip].get("/two", 20*time.Second); err != nil {
+			t.Errorf("%v: the running connection: %v", vip, err)
+		}
+		if err := ask(r.Clients[0], vip, "/new", 700*time.Millisecond); err == nil {
+			t.Errorf("%v: the banned client opens a new connection", vip)
+		}
 	}
 	watch.judge()
 	r.stop(w)

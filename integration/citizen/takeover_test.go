@@ -72,31 +72,39 @@ func holds(t *testing.T, h *lab.Host, iface string, a netip.Addr) bool {
 // and the first router's return changes nothing. An orderly end of keepalived
 // gives the address back at once.
 func TestTakeover(t *testing.T) {
-	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2, NoIPv6: true})
+	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2})
 	require.Tool(t, "keepalived")
-	r.serve(func(i int) []netip.AddrPort { return []netip.AddrPort{r.Server(i)} })
-	gateway := netip.MustParseAddr("198.18.0.1")
+	r.serve(r.both)
+	gateways := []netip.Addr{netip.MustParseAddr("198.18.0.1"), netip.MustParseAddr("2001:db8:18::1")}
+	vips := []netip.AddrPort{r.VIP(), r.VIP6()}
+	hasAddress := func(h *lab.Host) bool { return holds(t, h, "lan", gateways[0]) && holds(t, h, "lan", gateways[1]) }
 	a := r.Router
 	b, err := r.Lab.NewHost("router-b")
 	if err != nil {
 		t.Fatal(err)
 	}
 	prefix := netip.MustParsePrefix
-	for _, side := range []struct{ sw, ofB string }{{"lan", "198.18.0.4/16"}, {"dmz", "198.51.100.4/24"}} {
-		if _, err := r.Lab.Plug(b, r.Lab.Host(side.sw), []netip.Prefix{prefix(side.ofB)}, lab.LinkOptions{}); err != nil {
+	for _, side := range []struct{ sw, ofB, ofB6 string }{{"lan", "198.18.0.4/16", "2001:db8:18::4/64"}, {"dmz", "198.51.100.4/24", "2001:db8:51::4/64"}} {
+		if _, err := r.Lab.Plug(b, r.Lab.Host(side.sw), []netip.Prefix{prefix(side.ofB), prefix(side.ofB6)}, lab.LinkOptions{}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	if err := errors.Join(
-		b.Forwarding(true), b.AddAddr("lo", prefix("203.0.113.10/32")),
+		b.Forwarding(true), b.AddAddr("lo", single(r.VIP().Addr())), b.AddAddr("lo", single(r.VIP6().Addr())),
 		a.DelAddr("lan", prefix("198.18.0.1/16")), a.AddAddr("lan", prefix("198.18.0.3/16")), a.AddAddr("dmz", prefix("198.51.100.3/24")),
+		a.AddAddr("lan", prefix("2001:db8:18::3/64")), a.DelAddr("lan", prefix("2001:db8:18::1/64")), a.AddAddr("dmz", prefix("2001:db8:51::3/64")),
+		a.Settle(within(t, 20*time.Second)), b.Settle(within(t, 20*time.Second)),
 	); err != nil {
 		t.Fatal(err)
 	}
-	servers := []string{r.Server(0).String(), r.Server(1).String()}
-	onA := r.startWith(r.custom([]string{r.VIP().String()}, servers, "source: {addresses: [198.51.100.3]}\n"))
+	servers := texts(append(r.both(0), r.both(1)...))
+	onA := r.startWith(r.custom(texts(vips), servers, "source: {addresses: [198.51.100.3, \"2001:db8:51::3\"]}\n"))
+	snips := []netip.Addr{
+		netip.MustParseAddr("198.51.100.3"), netip.MustParseAddr("198.51.100.4"),
+		netip.MustParseAddr("2001:db8:51::3"), netip.MustParseAddr("2001:db8:51::4"),
+	}
 	isSNIP := func(x netip.AddrPort) bool {
-		return (x.Addr() == netip.MustParseAddr("198.51.100.3") || x.Addr() == netip.MustParseAddr("198.51.100.4")) && x.Port() >= 10240 && x.Port() <= 32767
+		return slices.Contains(snips, x.Addr()) && x.Port() >= 10240 && x.Port() <= 32767
 	}
 	legs := []leg{
 		{"lan", r.isVIP, func(s ladder.Segment) bool { return r.isServer(s.Src) || r.isServer(s.Dst) }},
@@ -117,18 +125,18 @@ func TestTakeover(t *testing.T) {
 		}
 	}
 	second.config.Dir = second.run
-	onB := second.startWith(second.custom([]string{r.VIP().String()}, servers, "source: {addresses: [198.51.100.4]}\n"))
+	onB := second.startWith(second.custom(texts(vips), servers, "source: {addresses: [198.51.100.4, \"2001:db8:51::4\"]}\n"))
 	watchB := second.watchOn(legs...)
 
 	r.keepalived(a, "A")
-	until(t, 20*time.Second, "router A to take the address", func() bool { return holds(t, a, "lan", gateway) })
+	until(t, 20*time.Second, "router A to take the addresses", func() bool { return hasAddress(a) })
 	byB := r.keepalived(b, "B")
-	r.mustLoad(300, r.VIP())
+	r.mustLoad(300, vips...)
 
-	// A connection that has served and waits, one whose upload is under way.
-	open := func(request string) net.Conn {
+	// Connections that have served and wait, some whose upload is under way.
+	open := func(vip netip.AddrPort, request string) net.Conn {
 		t.Helper()
-		c, err := r.Clients[0].Dial(within(t, 60*time.Second), "tcp", r.VIP().String())
+		c, err := r.Clients[0].Dial(within(t, 60*time.Second), "tcp", vip.String())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -139,22 +147,33 @@ func TestTakeover(t *testing.T) {
 		}
 		return c
 	}
-	waits := open("GET /one HTTP/1.1\r\nHost: x\r\n\r\n")
-	if _, err := waits.Read(make([]byte, 1000)); err != nil {
-		t.Fatal(err)
+	before := map[string]net.Conn{}
+	for _, vip := range vips {
+		waits := open(vip, "GET /one HTTP/1.1\r\nHost: x\r\n\r\n")
+		if _, err := waits.Read(make([]byte, 1000)); err != nil {
+			t.Fatal(err)
+		}
+		before["the waiting connection to "+vip.String()] = waits
+		before["the upload to "+vip.String()] = open(vip, "POST /upload HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
 	}
-	uploads := open("POST /upload HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
 
+	// The cables are pulled at the switches.
 	cut := time.Now()
-	if err := errors.Join(a.SetDown("lan"), a.SetDown("dmz")); err != nil {
+	if err := errors.Join(r.Lab.Host("lan").SetDown("router"), r.Lab.Host("dmz").SetDown("router")); err != nil {
 		t.Fatal(err)
 	}
-	until(t, 30*time.Second, "router B to take the address", func() bool { return holds(t, b, "lan", gateway) })
+	served := func(path string) {
+		t.Helper()
+		for _, vip := range vips {
+			until(t, 30*time.Second, "a request to be served by "+vip.String(), func() bool { return ask(r.Clients[0], vip, path, time.Second) == nil })
+		}
+	}
+	until(t, 30*time.Second, "router B to take the addresses", func() bool { return hasAddress(b) })
 	taken := time.Since(cut)
-	until(t, 30*time.Second, "a request to be served", func() bool { return ask(r.Clients[0], r.VIP(), "/again", time.Second) == nil })
-	t.Logf("after the cut: router B had the address after %v, served after %v", taken.Round(time.Millisecond), time.Since(cut).Round(time.Millisecond))
-	r.mustLoad(500, r.VIP())
-	for name, c := range map[string]net.Conn{"the waiting connection": waits, "the upload": uploads} {
+	served("/again")
+	t.Logf("after the cut: router B had the addresses after %v, served after %v", taken.Round(time.Millisecond), time.Since(cut).Round(time.Millisecond))
+	r.mustLoad(500, vips...)
+	for name, c := range before {
 		var err error
 		for err == nil { // an upload ends when a segment is answered
 			if _, err = c.Write(pattern(1000)); err == nil {
@@ -167,21 +186,23 @@ func TestTakeover(t *testing.T) {
 	}
 
 	// The first router comes back, and nothing moves.
-	if err := errors.Join(a.SetUp("lan"), a.SetUp("dmz")); err != nil {
+	if err := errors.Join(r.Lab.Host("lan").SetUp("router"), r.Lab.Host("dmz").SetUp("router")); err != nil {
 		t.Fatal(err)
 	}
-	r.mustLoad(300, r.VIP())
-	if holds(t, a, "lan", gateway) || !holds(t, b, "lan", gateway) {
-		t.Error("the address moved back by itself")
+	r.mustLoad(300, vips...)
+	for _, gateway := range gateways {
+		if holds(t, a, "lan", gateway) || !holds(t, b, "lan", gateway) {
+			t.Errorf("%v moved back by itself", gateway)
+		}
 	}
 
 	// An orderly end: B says so, A takes over.
 	if err := byB.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	until(t, 30*time.Second, "router A to take the address back", func() bool { return holds(t, a, "lan", gateway) })
-	until(t, 30*time.Second, "a request to be served", func() bool { return ask(r.Clients[0], r.VIP(), "/back", time.Second) == nil })
-	r.mustLoad(300, r.VIP())
+	until(t, 30*time.Second, "router A to take the addresses back", func() bool { return hasAddress(a) })
+	served("/back")
+	r.mustLoad(300, vips...)
 	watchA.judge()
 	watchB.judge()
 	r.stop(onA)

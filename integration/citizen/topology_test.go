@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"fmt"
 	"io"
-	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -17,19 +16,45 @@ import (
 	"github.com/weirgate/weir/integration/lab/ladder"
 )
 
-// config is a configuration for one farm of one's own making, beside the
-// rig's.
+// custom is a configuration for a farm of each family of one's own making,
+// beside the rig's.
 func (r *rig) custom(listen, servers []string, extra string) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "runtime_dir: %q\nstop_timeout: 2s\nadmin: {socket: %q}\n", r.run, r.config.Socket())
-	fmt.Fprintf(&b, "farms:\n  - name: web\n    listen: [%s]\n    servers:\n", strings.Join(quoted(listen), ", "))
-	for i, s := range servers {
-		fmt.Fprintf(&b, "      - {name: s%d, address: %q}\n", i+1, s)
+	b.WriteString("farms:\n")
+	for _, farm := range []struct {
+		name string
+		six  bool
+	}{{"web", false}, {"web6", true}} {
+		of := func(in []string) (out []string) {
+			for _, a := range in {
+				if strings.HasPrefix(a, "[") == farm.six {
+					out = append(out, a)
+				}
+			}
+			return out
+		}
+		if len(of(listen)) == 0 {
+			continue
+		}
+		fmt.Fprintf(&b, "  - name: %s\n    listen: [%s]\n    servers:\n", farm.name, strings.Join(quoted(of(listen)), ", "))
+		for i, s := range of(servers) {
+			fmt.Fprintf(&b, "      - {name: s%d, address: %q}\n", i+1, s)
+		}
 	}
 	if !strings.Contains(extra, "source:") {
-		extra += "source: {addresses: [198.51.100.1]}\n"
+		extra += "source: {addresses: [198.51.100.1, \"2001:db8:51::1\"]}\n"
 	}
 	return b.String() + extra
+}
+
+// texts are addresses as one writes them.
+func texts(in []netip.AddrPort) []string {
+	out := make([]string, len(in))
+	for i, a := range in {
+		out[i] = a.String()
+	}
+	return out
 }
 
 func quoted(in []string) []string {
@@ -85,15 +110,15 @@ func TestVIPRoutedFlush(t *testing.T) {
 func TestTransparent(t *testing.T) {
 	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2})
 	r.serve(r.both)
-	vips := []string{r.Server(0).String(), r.Server(1).String()}
-	w := r.startWith(r.custom(vips, vips, ""))
+	vips := []netip.AddrPort{r.Server(0), r.Server(1), r.Server6(0), r.Server6(1)}
+	w := r.startWith(r.custom(texts(vips), texts(vips), ""))
 	// The addresses of the servers are the VIPs here; none of a client's is
 	// seen on the servers' side, so that all of it goes through the engine.
 	watch := r.watchOn(
 		leg{r.ClientLeg, r.isServer, nil},
 		leg{r.ServerLeg, r.isSNIP, func(s ladder.Segment) bool { return r.isClient(s.Src) || r.isClient(s.Dst) }},
 	)
-	r.mustLoad(1000, r.Server(0), r.Server(1))
+	r.mustLoad(1000, vips...)
 	watch.judge()
 	r.stop(w)
 }
@@ -164,14 +189,16 @@ func TestServersOnRouter(t *testing.T) {
 	}{
 		{"own address", []string{"198.18.0.1:8080", "198.51.100.1:8081"}, 4, "198.51.100.1"},
 		{"loopback", []string{"127.0.0.1:8080", "127.0.0.2:8081"}, 4, "127.0.0.1"},
-		{"own address, IPv6", []string{"[2001:db8:18::1]:8080"}, 6, "\"2001:db8:51::1\""},
 		{"beside one elsewhere", []string{"198.51.100.1:8080", "198.51.100.11:80"}, 4, "198.51.100.1"},
+		{"own address, IPv6", []string{"[2001:db8:18::1]:8080", "[2001:db8:51::1]:8081"}, 6, "\"2001:db8:51::1\""},
+		{"loopback, IPv6", []string{"[::1]:8080", "[::1]:8081"}, 6, "\"::1\""},
+		{"beside one elsewhere, IPv6", []string{"[2001:db8:51::1]:8080", "[2001:db8:51::b]:80"}, 6, "\"2001:db8:51::1\""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 1})
 			for i, s := range c.servers {
 				on := r.Router
-				if strings.HasPrefix(s, "198.51.100.11:") {
+				if s == r.Server(0).String() || s == r.Server6(0).String() {
 					on = r.Servers[0]
 				}
 				if _, err := lab.HTTPServer(on, s, handler(fmt.Sprintf("s%d", i+1))); err != nil {
@@ -233,90 +260,4 @@ func TestLocalClient(t *testing.T) {
 	}
 	watch.judge()
 	r.stop(w)
-}
-
-// TestOthersNAT: source NAT and port forwards of others go on working while
-// weir serves, also from the SNIP itself when it is shared.
-func TestOthersNAT(t *testing.T) {
-	for _, shared := range []bool{false, true} {
-		t.Run(map[bool]string{false: "SNIP of its own", true: "SNIP shared"}[shared], func(t *testing.T) {
-			r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2})
-			r.serve(r.both)
-			for i, h := range r.Servers {
-				if _, err := lab.HTTPServer(h, fmt.Sprintf("%v:8081", r.ServerAddr(i)), handler(h.Name())); err != nil {
-					t.Fatal(err)
-				}
-			}
-			snip := "198.51.100.1"
-			if !shared {
-				// Masquerading takes the interface's first address.
-				snip = "198.51.100.2"
-				if err := r.Router.AddAddr(r.ServerLeg, netip.MustParsePrefix("198.51.100.2/24")); err != nil {
-					t.Fatal(err)
-				}
-			}
-			r.nft("table ip nat {\nchain pre {\ntype nat hook prerouting priority dstnat;\nip daddr 198.18.0.1 tcp dport 8082 dnat to 198.51.100.12:8081\n}\n" +
-				"chain post {\ntype nat hook postrouting priority srcnat;\noifname \"dmz\" masquerade\n}\n}\n")
-			w := r.startWith(r.custom([]string{r.VIP().String()}, []string{r.Server(0).String(), r.Server(1).String()},
-				fmt.Sprintf("source: {addresses: [%s], shared: %v}\n", snip, shared)))
-			// Masqueraded connections use ports of the SNIP's range too, when it is
-			// shared: they are judged like any others.
-			watch := r.watchOn(
-				leg{r.ClientLeg, r.isVIP, nil},
-				leg{r.ServerLeg, func(a netip.AddrPort) bool { return r.isSNIP(a) || a.Addr().String() == snip },
-					func(s ladder.Segment) bool { return r.isVIP(s.Src) || r.isClient(s.Src) || r.isClient(s.Dst) }},
-			)
-			stop := make(chan struct{})
-			ended := make(chan []error)
-			go func() {
-				var errs []error
-				for {
-					select {
-					case <-stop:
-						ended <- errs
-						return
-					default:
-						errs = append(errs, load(r.Clients[0], 100, r.VIP())...)
-					}
-				}
-			}()
-			// Ports within the SNIP range, which masquerading keeps.
-			ask := func(to string, port int) error {
-				d := &net.Dialer{LocalAddr: &net.TCPAddr{IP: r.ClientAddr(0).AsSlice(), Port: port}, Timeout: 10 * time.Second}
-				c, err := r.Clients[0].DialWith(within(t, 10*time.Second), d, "tcp", to)
-				if err != nil {
-					return err
-				}
-				defer c.Close()
-				_ = c.SetDeadline(time.Now().Add(10 * time.Second))
-				fmt.Fprintf(c, "GET /direct HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-				b, err := io.ReadAll(c)
-				if err != nil {
-					return err
-				}
-				if !strings.Contains(string(b), " has /direct for "+"198.51.100.1:"+fmt.Sprint(port)) {
-					return fmt.Errorf("%q", b)
-				}
-				return nil
-			}
-			for i := range 20 {
-				for _, to := range []string{"198.51.100.11:8081", "198.51.100.11:80"} {
-					if err := ask(to, 20000+2*i+strings.Count(to, ":80")); err != nil {
-						t.Errorf("masqueraded to %s: %v", to, err)
-					}
-				}
-			}
-			if err := ask("198.18.0.1:8082", 25000); err != nil {
-				t.Errorf("the port forward: %v", err)
-			}
-			close(stop)
-			for i, err := range <-ended {
-				if i < 5 {
-					t.Errorf("meanwhile: %v", err)
-				}
-			}
-			watch.judge()
-			r.stop(w)
-		})
-	}
 }

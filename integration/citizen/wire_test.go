@@ -191,6 +191,24 @@ func (r *rig) watchOn(legs ...leg) *watch {
 // judge ends the watch and reports what it has seen amiss.
 func (w *watch) judge() {
 	w.r.t.Helper()
+	w.end()
+	for leg, l := range w.legs {
+		for i, b := range l.bad {
+			if i == 5 {
+				w.r.t.Errorf("%s: and %d more", leg, len(l.bad)-i)
+				break
+			}
+			w.r.t.Errorf("%s: %s", leg, b)
+		}
+		if l.seen == 0 {
+			w.r.t.Errorf("%s: the judge has seen no packet", leg)
+		}
+	}
+}
+
+// end ends the watch and has every leg judged.
+func (w *watch) end() {
+	w.r.t.Helper()
 	recs, err := w.on.Stop()
 	if err != nil {
 		w.r.t.Errorf("capture: %v", err)
@@ -208,18 +226,6 @@ func (w *watch) judge() {
 			continue
 		}
 		l.judge(s)
-	}
-	for leg, l := range w.legs {
-		for i, b := range l.bad {
-			if i == 5 {
-				w.r.t.Errorf("%s: and %d more", leg, len(l.bad)-i)
-				break
-			}
-			w.r.t.Errorf("%s: %s", leg, b)
-		}
-		if l.seen == 0 {
-			w.r.t.Errorf("%s: the judge has seen no packet", leg)
-		}
 	}
 }
 

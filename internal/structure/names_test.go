@@ -12,13 +12,9 @@ import (
 
 var testName = regexp.MustCompile("`((?:module|integration|nft|plugins|policies|internal)(?:/[a-z0-9_]+)*)\\.(Test[A-Za-z0-9_]+)`")
 
-// TestNamedTests: every test by which docs/security.md shows a guarantee
-// exists in the package that it names.
+// TestNamedTests: every test by which a document shows a guarantee exists in the
+// package that it names.
 func TestNamedTests(t *testing.T) {
-	b, err := fs.ReadFile(top, "docs/security.md")
-	if err != nil {
-		t.Fatal(err)
-	}
 	have := map[string]bool{}
 	for _, f := range tree(t) {
 		if !f.test {
@@ -31,13 +27,19 @@ func TestNamedTests(t *testing.T) {
 			}
 		}
 	}
-	names := testName.FindAllStringSubmatch(string(b), -1)
-	if len(names) < 20 {
-		t.Errorf("only %d tests are named", len(names))
-	}
-	for _, m := range names {
-		if !have[m[1]+"."+m[2]] {
-			t.Errorf("docs/security.md names %s.%s, which does not exist", m[1], m[2])
+	for doc, least := range map[string]int{"docs/security.md": 20, "docs/testing.md": 40} {
+		b, err := fs.ReadFile(top, doc)
+		if err != nil {
+			t.Fatal(err)
+		}
+		names := testName.FindAllStringSubmatch(string(b), -1)
+		if len(names) < least {
+			t.Errorf("%s: only %d tests are named", doc, len(names))
+		}
+		for _, m := range names {
+			if !have[m[1]+"."+m[2]] {
+				t.Errorf("%s names %s.%s, which does not exist", doc, m[1], m[2])
+			}
 		}
 	}
 }
