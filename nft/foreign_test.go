@@ -184,7 +184,7 @@ var foreignCases = []foreignCase{
 			"takes_syn: input: ip6 x z: tcp dport { 80, 8080 } ct state invalid,untracked synproxy",
 		},
 		applied: func(t *testing.T) {
-			nftLoad(t, "insert rule ip x f meta mark & 0xff000000 == 0x57000000 accept\ninsert rule ip x y ip daddr 203.0.113.10 tcp dport 80 accept\n" +
+			nftLoad(t, "insert rule ip x f meta mark & 0xff000000 == 0x57000000 accept\ninsert rule ip x y ip daddr 203.0.113.10 tcp dport 80 accept\n"+
 				"insert rule ip6 x f meta mark & 0xff000000 == 0x57000000 accept\ninsert rule ip6 x y ip6 daddr 2001:db8:203::10 tcp dport 80 accept\n")
 		},
 	},
