@@ -63,6 +63,16 @@ bench: build ## the comparisons
 	build/scanners $(SCANNERS)
 	$(GO) test -run '^$$' -bench Choose -benchtime 200ms ./policies/snapshot
 
+# Times that each micro-benchmark is measured, and figures to compare with.
+COUNT ?= 6
+OLD ?=
+
+.PHONY: micro
+micro: dirs ## micro-benchmarks to build/micro.txt; OLD=FILE compares
+	$(GO) test -run '^$$' -bench 'Parse|Rewrite|Hash|Lookup|Translate|Exchange|Choose|Request|Response' -benchtime 100ms -cpu 1 -count $(COUNT) \
+	  ./module/packet ./module/flowstore ./module/engine ./module/http1 ./policies/snapshot | tee build/micro.txt
+	$(GO) run golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4da $(OLD) build/micro.txt
+
 # Seconds that all fuzz targets share.
 FUZZ ?= 60
 

@@ -56,9 +56,10 @@ var contenders = []contender{
 	{name: "haproxy-splice", program: "haproxy", start: startHAProxy("option splice-request\n  option splice-response"), target: atVIP, full: true, only: bulky},
 	{name: "nginx", program: "nginx", start: startNginx(""), target: atVIP},
 	{name: "nginx-large", program: "nginx", start: startNginx("proxy_buffers 16 64k; proxy_buffer_size 64k;"), target: atVIP, full: true, only: bulky},
-	{name: "weir", start: startWeir("batched", true), target: atVIP},
-	{name: "weir-mortal", start: startWeir("batched", false), target: atVIP, full: true, only: []string{"kept-1k", "one-shot", "bulk", "kept-1k-256", "latency"}},
-	{name: "weir-plain", start: startWeir("plain", true), target: atVIP},
+	{name: "weir", start: startWeir("batched", true, 1), target: atVIP},
+	{name: "weir-mortal", start: startWeir("batched", false, 1), target: atVIP, full: true, only: []string{"kept-1k", "one-shot", "bulk", "kept-1k-256", "latency"}},
+	{name: "weir-2", start: startWeir("batched", true, 2), target: atVIP, full: true, only: []string{"kept-1k", "one-shot", "bulk-4", "kept-1k-256", "latency"}},
+	{name: "weir-plain", start: startWeir("plain", true, 1), target: atVIP},
 }
 
 // bulky are the workloads that the proxies have other settings for.
@@ -212,7 +213,7 @@ farms:
   - name: uploads
     listen: %[7]s
     servers: [{name: s1, address: "%[8]s"}]
-queue: {backend: %[5]s, shards: 1}
+queue: {backend: %[5]s, shards: %[9]d}
 admin: {socket: %[6]q, metrics: "127.0.0.1:9464"}
 stop_timeout: 0s
 `
@@ -220,12 +221,9 @@ stop_timeout: 0s
 // startWeir starts weir with a backend. With keeps false there is no place for
 // its flow store: what a connection's record costs when it need not outlive the
 // process.
-func startWeir(backend string, keeps bool) func(context.Context, *rig) (*lab.Process, error) {
+func startWeir(backend string, keeps bool, shards int) func(context.Context, *rig) (*lab.Process, error) {
 	return func(ctx context.Context, r *rig) (*lab.Process, error) {
-		run := filepath.Join(r.dir, "run")
-		if err := os.MkdirAll(run, 0o755); err != nil {
-			return nil, err
-		}
+		run := r.run
 		taken := filepath.Join(run, "flows", "shard0")
 		if keeps {
 			if err := os.RemoveAll(taken); err != nil {
@@ -239,7 +237,7 @@ func startWeir(backend string, keeps bool) func(context.Context, *rig) (*lab.Pro
 		defer cancel()
 		w, err := lab.StartWeir(ctx, r.router, lab.WeirOptions{
 			Binary: r.weir, Dir: r.dir, Socket: socket,
-			Config: fmt.Sprintf(weirConfig, run, r.snip, r.vip, r.server, backend, socket, r.upVIP, r.taker),
+			Config: fmt.Sprintf(weirConfig, run, r.snip, r.vip, r.server, backend, socket, r.upVIP, r.taker, shards),
 		})
 		if err != nil {
 			return nil, err

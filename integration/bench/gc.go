@@ -115,12 +115,9 @@ func (t told) Write(b []byte) (int, error) {
 
 // embed starts runEmbed on the router.
 func (r *rig) embed(every time.Duration) (p *lab.Process, ask func() (embedded, error), err error) {
-	run := filepath.Join(r.dir, "run")
-	if err := os.MkdirAll(run, 0o755); err != nil {
-		return nil, nil, err
-	}
+	run := r.run
 	file := filepath.Join(r.dir, "embedded.yaml")
-	text := fmt.Sprintf(weirConfig, run, r.snip, r.vip, r.server, "batched", filepath.Join(run, "admin.sock"), r.upVIP, r.taker)
+	text := fmt.Sprintf(weirConfig, run, r.snip, r.vip, r.server, "batched", filepath.Join(run, "admin.sock"), r.upVIP, r.taker, 1)
 	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 		return nil, nil, err
 	}

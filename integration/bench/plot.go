@@ -40,7 +40,7 @@ const (
 // colours tell the contenders apart, and the parts of a stacked bar.
 var colours = map[string]string{
 	"direct": "#9a9a9a", "haproxy": "#c46a5a", "haproxy-splice": "#dba79d", "nginx": "#6f9e62", "nginx-large": "#aecba6",
-	"weir": "#2f6fb0", "weir-mortal": "#7fa8d1", "weir-plain": "#b6cde4",
+	"weir": "#2f6fb0", "weir-mortal": "#7fa8d1", "weir-plain": "#b6cde4", "weir-2": "#1d4a7a",
 }
 
 // draw writes panels as an SVG picture.

@@ -17,6 +17,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/weirgate/weir/integration/lab"
 )
 
@@ -101,6 +103,7 @@ type rig struct {
 	taker, upVIP           netip.AddrPort // of uploads
 	snip                   netip.Addr
 	weir, self, dir        string
+	run                    string       // weir's runtime_dir
 	nginx, sink            *lab.Process // the servers
 	status                 string       // its status socket
 }
@@ -116,13 +119,29 @@ func newRig(weir string) (_ *rig, err error) {
 	if r.lab, err = lab.New("weirbench"); err != nil {
 		return nil, err
 	}
-	if err := r.build(); err != nil {
+	// Where an installed Weir has it: in memory. On a disk each page of the flow
+	// store is written back again and again.
+	if r.run, err = os.MkdirTemp(inMemory(), "weirbench"); err != nil {
 		return nil, errors.Join(err, r.lab.Close())
+	}
+	if err := r.build(); err != nil {
+		return nil, errors.Join(err, r.Close())
 	}
 	return r, nil
 }
 
-func (r *rig) Close() error { return r.lab.Close() }
+func (r *rig) Close() error { return errors.Join(r.lab.Close(), os.RemoveAll(r.run)) }
+
+// inMemory is a directory whose files are in memory, /run as a rule.
+func inMemory() string {
+	for _, d := range []string{"/run", "/dev/shm"} {
+		var st unix.Statfs_t
+		if unix.Statfs(d, &st) == nil && st.Type == unix.TMPFS_MAGIC {
+			return d
+		}
+	}
+	return "/run"
+}
 
 func (r *rig) build() error {
 	r.client, r.router, r.origin = r.lab.Host("client"), r.lab.Host("router"), r.lab.Host("server")

@@ -126,10 +126,7 @@ func runStart(ctx context.Context, args []string, w io.Writer) (err error) {
 // install starts weir with one size and reloads it twice.
 func (r *rig) install(ctx context.Context, n installation) (s started, err error) {
 	s.installation = n
-	run := filepath.Join(r.dir, "run")
-	if err := os.MkdirAll(run, 0o755); err != nil {
-		return s, err
-	}
+	run := r.run
 	text := n.text(run, "a", 1)
 	s.bytes = len(text)
 	socket := filepath.Join(run, "admin.sock")
