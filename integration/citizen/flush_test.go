@@ -14,9 +14,10 @@ import (
 	"github.com/weirgate/weir/integration/lab"
 )
 
-// TestFlushUnderLoad: somebody flushes, deletes and changes rules ten times
-// while clients download and ask. No connection breaks, all bytes are right,
-// and where the table is not owned, it is back at once, and events say so.
+// TestFlushUnderLoad: somebody flushes the ruleset ten times, and deletes and
+// changes rules, while clients download and ask. No connection breaks, all
+// bytes are right, and where the table is not owned, it is back at once, and
+// events say so.
 func TestFlushUnderLoad(t *testing.T) {
 	restart := "flush ruleset\n" + string(testdata(t, "router.nft")) +
 		"insert rule inet filter forward " + acceptMark + "\ninsert rule inet filter output " + acceptMark +
@@ -63,7 +64,7 @@ func TestFlushUnderLoad(t *testing.T) {
 			restored := 0
 			for i, attack := range []string{
 				"flush ruleset", "flush ruleset", restart, "flush ruleset", "flush chain inet weir divert\ndelete chain inet weir divert", "flush ruleset",
-				"delete table inet weir", "flush ruleset", "insert rule inet weir divert accept", "flush ruleset", "flush ruleset",
+				"delete table inet weir", "flush ruleset", "insert rule inet weir divert accept", "flush ruleset", "flush ruleset", "flush ruleset", "flush ruleset",
 			} {
 				// Between attacks there is traffic again.
 				from := done.Load()

@@ -64,7 +64,7 @@ func TestJudgeFindsLeaks(t *testing.T) {
 }
 `, f.word, f.client, f.vip.Addr(), f.server.Addr(), strings.Join(as, ", "), f.snip))
 		for _, c := range clients {
-			if err := c.get("/leaks", 300*time.Millisecond); err == nil {
+			if err := c.get("/leaks", 100*time.Millisecond); err == nil {
 				t.Errorf("%v: a request is answered that weir has not seen", f.vip)
 			}
 		}
@@ -73,7 +73,7 @@ func TestJudgeFindsLeaks(t *testing.T) {
 		r.nft(fmt.Sprintf("table %[1]s leak {\nchain in {\ntype filter hook prerouting priority -400;\n"+
 			"%[1]s saddr %[2]v tcp dport 80 %[1]s daddr %[3]v tcp flags & syn == 0 notrack %[1]s daddr set %[4]v\n}\n}\n", f.word, f.client, f.vip.Addr(), f.server.Addr()))
 		for _, c := range clients {
-			_ = c.get("/leaks", 300*time.Millisecond)
+			_ = c.get("/leaks", 100*time.Millisecond)
 		}
 		r.shell("nft delete table " + f.word + " leak")
 	}

@@ -4,12 +4,10 @@ package citizen
 
 import (
 	"net/netip"
-	"strings"
 	"testing"
 	"time"
 
 	"github.com/weirgate/weir/integration/lab"
-	"github.com/weirgate/weir/integration/lab/ladder"
 	"github.com/weirgate/weir/nft"
 )
 
@@ -47,11 +45,11 @@ func TestInspectAll(t *testing.T) {
 				t.Fatalf("found %v, want one chain that drops untracked packets", found)
 			}
 			vips := []netip.AddrPort{r.VIP(), r.VIP6()}
-			for _, vip := range vips {
+			atOnce(vips, func(vip netip.AddrPort) {
 				if err := ask(r.Clients[0], vip, "/before", time.Second); err == nil {
 					t.Errorf("%v: a request is served by rules that refuse untracked packets", vip)
 				}
-			}
+			})
 			r.nft(documented(t, "firewalls.md", "nft inspect"))
 			if found := inspect(); len(found) != 0 {
 				t.Fatalf("found %v", found)
@@ -62,14 +60,14 @@ func TestInspectAll(t *testing.T) {
 				running[vip] = keep(t, r.Clients[0], vip)
 			}
 			r.nft("add element inet host banned { 198.18.0.11 }\nadd element inet host banned6 { 2001:db8:18::b }")
-			for _, vip := range vips {
+			atOnce(vips, func(vip netip.AddrPort) {
 				if err := running[vip].get("/two", time.Second); err == nil {
 					t.Errorf("%v: the running connection of a banned client is served", vip)
 				}
 				if err := ask(r.Clients[0], vip, "/three", time.Second); err == nil {
 					t.Errorf("%v: a new connection of a banned client is served", vip)
 				}
-			}
+			})
 			r.nft("delete element inet host banned { 198.18.0.11 }\ndelete element inet host banned6 { 2001:db8:18::b }")
 			for _, vip := range vips {
 				if err := ask(r.Clients[0], vip, "/four", 20*time.Second); err != nil {
@@ -78,47 +76,6 @@ func TestInspectAll(t *testing.T) {
 			}
 			watch.judge()
 			r.stop(w)
-		})
-	}
-}
-
-// TestOnStop: after an orderly stop the router is as it was, and with on_stop:
-// direct new connections reach a server until the next start, which takes over
-// again.
-func TestOnStop(t *testing.T) {
-	for _, how := range []string{"close", "direct"} {
-		t.Run(how, func(t *testing.T) {
-			r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2})
-			r.serve(r.both)
-			r.config.Extra = "firewall: {on_stop: " + how + "}\n"
-			watch := r.watchOn(leg{r.ClientLeg, r.isVIP, nil}, leg{r.ServerLeg, r.isSNIP, func(s ladder.Segment) bool { return r.isVIP(s.Src) }})
-			for round := range 2 {
-				w := r.start()
-				r.mustLoad(50, r.VIP(), r.VIP6())
-				r.stop(w)
-				for _, vip := range []netip.AddrPort{r.VIP(), r.VIP6()} {
-					err := ask(r.Clients[0], vip, "/after", 2*time.Second)
-					if (err == nil) != (how == "direct") {
-						t.Errorf("round %d, after the stop, %v: %v", round, vip, err)
-					}
-					// The servers themselves are reached as before.
-					if err := ask(r.Clients[0], r.Server(0), "/server", 5*time.Second); err != nil {
-						t.Errorf("round %d: %v", round, err)
-					}
-				}
-				if left := strings.Contains(r.shell("nft list tables"), "weir"); left != (how == "direct") {
-					t.Errorf("round %d: a table is left: %v", round, left)
-				}
-			}
-			watch.judge()
-			if how == "close" {
-				return
-			}
-			// weir cleanup removes the stand-in.
-			r.shell(r.bin + " cleanup --config " + r.dir + "/weir.yaml")
-			if tables := r.shell("nft list tables"); strings.Contains(tables, "weir") {
-				t.Errorf("after cleanup there are %s", tables)
-			}
 		})
 	}
 }

@@ -173,6 +173,16 @@ func get(c *http.Client, addr netip.AddrPort, path string) error {
 	return nil
 }
 
+// atOnce runs f for all addresses at the same time: for what has to wait for
+// something that does not come.
+func atOnce(addrs []netip.AddrPort, f func(netip.AddrPort)) {
+	var wg sync.WaitGroup
+	for _, a := range addrs {
+		wg.Go(func() { f(a) })
+	}
+	wg.Wait()
+}
+
 // load makes n requests over a few connections at a time, every fourth on a
 // connection of its own, alternately to the addresses, and returns the errors.
 func load(h *lab.Host, n int, addrs ...netip.AddrPort) []error {

@@ -207,11 +207,11 @@ func TestBesideRulesets(t *testing.T) {
 				if len(found) == 0 {
 					t.Error("nothing is found that stands in the way")
 				}
-				for _, v := range vips {
+				atOnce(vips, func(v netip.AddrPort) {
 					if err := ask(r.Clients[0], v, "/before", 1500*time.Millisecond); err == nil {
 						t.Errorf("%v: a request is served without the change", v)
 					}
-				}
+				})
 			} else {
 				for i := range found {
 					t.Errorf("found without need: %s", &found[i])
@@ -233,11 +233,11 @@ func TestBesideRulesets(t *testing.T) {
 				}
 			}
 			r.mustLoad(1000, vips...)
-			for _, v := range vips {
+			atOnce(vips, func(v netip.AddrPort) {
 				if err := ask(r.Clients[1], v, "/banned", 700*time.Millisecond); err == nil {
 					t.Errorf("the banned client is served by %v", v)
 				}
-			}
+			})
 			if c.forwards {
 				fwd := netip.MustParseAddrPort("198.18.0.1:8081")
 				if err := ask(r.Clients[0], fwd, "/forwarded", 10*time.Second); err != nil {

@@ -111,12 +111,19 @@ func TestStopped(t *testing.T) {
 						}
 					}
 				}
-				for _, vip := range vips {
+				atOnce(vips, func(vip netip.AddrPort) {
 					// Routed on, the VIP is the first server's, which has no such address.
-					err := ask(r.Clients[0], vip, "/after", 2*time.Second)
+					timeout := 20 * time.Second
+					if how == "close" {
+						timeout = time.Second
+					}
+					err := ask(r.Clients[0], vip, "/after", timeout)
 					if (err == nil) != (how == "direct") {
 						t.Errorf("after the stop, %v: %v", vip, err)
 					}
+				})
+				if left := strings.Contains(r.shell("nft list tables"), "weir"); left != (how == "direct") {
+					t.Errorf("a table is left: %v", left)
 				}
 				if how == "close" {
 					after, err := r.Router.Snapshot()
@@ -131,6 +138,11 @@ func TestStopped(t *testing.T) {
 				r.mustLoad(50, vips...)
 				watch.judge()
 				r.stop(w)
+				// weir cleanup removes the stand-in.
+				r.shell(r.bin + " cleanup --config " + r.dir + "/weir.yaml")
+				if tables := r.shell("nft list tables"); strings.Contains(tables, "weir") {
+					t.Errorf("after cleanup there are %s", tables)
+				}
 			})
 		}
 	}
