@@ -92,10 +92,16 @@ func (w *World) icmpOut(b []byte) {
 		w.fail("INV-3", "an ICMP error about %s goes to %v", about, p.OuterDst())
 		return
 	}
+	// The engine may not know yet that the client uses its port again.
 	f := last(flows)
-	at := wide(p.EmbeddedSeq(), f.iss, f.in.End())
-	if at < 1 || uint64(at) > f.in.End() {
-		w.failFlow(about.Src, packet.Tuple{}, "INV-6", "an ICMP error for %s is about position %d; it has sent up to %d", f.c, at, f.in.End())
+	ok := false
+	for i := len(flows) - 1; i >= 0 && !ok; i-- {
+		at := wide(p.EmbeddedSeq(), flows[i].iss, flows[i].in.End())
+		ok = at >= 1 && uint64(at) <= flows[i].in.End()
+	}
+	if !ok {
+		w.failFlow(about.Src, packet.Tuple{}, "INV-6", "an ICMP error for %s is about position %d; it has sent up to %d", f.c,
+			wide(p.EmbeddedSeq(), f.iss, f.in.End()), f.in.End())
 		return
 	}
 	c := append([]byte(nil), b...)
