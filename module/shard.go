@@ -130,7 +130,7 @@ func (s *shard) run() error {
 		now := s.m.clock.now()
 		s.out.Reset()
 		if s.role == roleShard {
-			s.engine.HoldTimers(s.pause.look(now, n))
+			s.engine.HoldTimers(now, s.pause.look(now, n))
 			if d := s.m.db.Load(); d != db {
 				db = d
 				s.engine.SetDB(db)

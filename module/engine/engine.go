@@ -186,6 +186,7 @@ type Engine struct {
 	rstSlot    int64    // rate limit of stateless resets: second
 	rstCount   int
 	holding    bool   // timers wait, see HoldTimers
+	resumed    int64  // when they had to wait last, 0: never
 	waste      uint64 // see Ahead
 	stopping   bool
 	// preopening: the timer for min_idle is in order for the present database.
@@ -275,8 +276,17 @@ func (e *Engine) Step(now int64, ev *Event, out *Output) {
 }
 
 // HoldTimers says whether steps leave out the timers that are due, because
-// packets that came before wait to be handled. They fire later.
-func (e *Engine) HoldTimers(hold bool) { e.holding = hold }
+// nobody has called Step for a while, and packets that came meanwhile wait to be
+// handled. They fire later. The time until now is nobody's silence: what was
+// lost could not be sent again in it.
+func (e *Engine) HoldTimers(now int64, hold bool) {
+	if e.holding = hold; hold {
+		e.resumed = now
+	}
+}
+
+// since is from when on it counts that nothing has come since t.
+func (e *Engine) since(t int64) int64 { return max(t, e.resumed) }
 
 // NextDue is the time of the next timer, or 0 when there is none. Calling Step
 // with a Tick earlier changes nothing.

@@ -110,7 +110,7 @@ func (e *Engine) unacknowledged(c *splice.Client, v *splice.Server) int64 {
 	if v.SndBase.Less(v.SndUna) || v.SndNxt == v.SndBase || c.Flags&splice.ClientResponded != 0 {
 		return never
 	}
-	return v.Bound + e.timeouts(c.Farm).Connect
+	return e.since(v.Bound) + e.timeouts(c.Farm).Connect
 }
 
 // seen takes what a server's segment tells about the path to it.

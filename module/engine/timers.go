@@ -38,19 +38,19 @@ func (e *Engine) clientDeadline(r splice.Ref, c *splice.Client) int64 {
 	switch c.State {
 	case splice.ClientHead:
 		if c.Side != 0 {
-			d = min(d, c.Started+t.Head)
+			d = min(d, e.since(c.Started)+t.Head)
 		} else {
 			d = min(d, c.Started+t.Idle) // keep-alive probes do not postpone it
 		}
 	case splice.ClientBinding:
 		if c.Flags&splice.ClientWaiting != 0 {
-			d = min(d, c.Waits)
+			d = min(d, e.waitsUntil(c))
 		}
 	case splice.ClientSpliced:
 		last, quiet := c.Last, t.Response
 		if c.Srv != 0 {
 			v := e.servers.At(c.Srv)
-			last, quiet = max(last, v.Last), e.patience(c, v)
+			last, quiet = e.since(max(last, v.Last)), e.patience(c, v)
 		}
 		d = min(d, last+quiet)
 		if c.Srv != 0 {
@@ -66,6 +66,18 @@ func (e *Engine) clientDeadline(r splice.Ref, c *splice.Client) int64 {
 		d = min(d, c.CloseBy)
 	}
 	return d
+}
+
+// resumeWait is how long a request waits at least after a pause, in which the
+// line could not move.
+const resumeWait = second
+
+// waitsUntil is when a request in the line is answered with 503.
+func (e *Engine) waitsUntil(c *splice.Client) int64 {
+	if e.resumed == 0 {
+		return c.Waits
+	}
+	return max(c.Waits, e.resumed+resumeWait)
 }
 
 // touchClient makes sure that the timer fires early enough. A deadline that
@@ -90,7 +102,7 @@ func (e *Engine) serverDeadline(v *splice.Server) int64 {
 	}
 	switch v.State {
 	case splice.ServerConnecting:
-		d = min(d, v.Opened+e.timeouts(v.Farm).Connect)
+		d = min(d, e.since(v.Opened)+e.timeouts(v.Farm).Connect)
 	case splice.ServerIdle:
 		if v.Flags&splice.ServerPrivate != 0 {
 			break // it lives as long as its client's connection
@@ -188,7 +200,7 @@ func (e *Engine) clientFires(r splice.Ref, c *splice.Client) {
 			e.Count.add(ReasonClientIdle)
 			e.finishClient(r, c)
 			return
-		case c.Side != 0 && c.Started+t.Head <= e.now:
+		case c.Side != 0 && e.since(c.Started)+t.Head <= e.now:
 			e.Count.add(ReasonHeadTimeout)
 			e.answer(r, c, reply{status: 408, close: true})
 			return
@@ -197,7 +209,7 @@ func (e *Engine) clientFires(r splice.Ref, c *splice.Client) {
 			return
 		}
 	case splice.ClientBinding:
-		if c.Flags&splice.ClientWaiting != 0 && c.Waits <= e.now {
+		if c.Flags&splice.ClientWaiting != 0 && e.waitsUntil(c) <= e.now {
 			e.Count.add(ReasonWaitTimeout)
 			if f := e.db.FarmByID(c.Farm); f != nil {
 				f.Stats.WaitTimedOut.Add(1)
@@ -213,10 +225,10 @@ func (e *Engine) clientFires(r splice.Ref, c *splice.Client) {
 		v := e.servers.At(c.Srv)
 		quiet := e.patience(c, v)
 		switch {
-		case max(c.Last, v.Last)+quiet <= e.now && v.Flags&splice.ServerTunnel != 0:
+		case e.since(max(c.Last, v.Last))+quiet <= e.now && v.Flags&splice.ServerTunnel != 0:
 			e.closeTunnel(r, c, c.Srv, v)
 			return
-		case max(c.Last, v.Last)+quiet <= e.now, e.unacknowledged(c, v) <= e.now:
+		case e.since(max(c.Last, v.Last))+quiet <= e.now, e.unacknowledged(c, v) <= e.now:
 			e.silent(r, c, c.Srv, v)
 			return
 		case c.Pace != 0 && c.Pace+t.Body <= e.now && e.slow(r, c, v):
@@ -314,7 +326,7 @@ func (e *Engine) serverFires(s splice.Ref, v *splice.Server) {
 	}
 	switch v.State {
 	case splice.ServerConnecting:
-		if v.Opened+e.timeouts(v.Farm).Connect <= e.now {
+		if e.since(v.Opened)+e.timeouts(v.Farm).Connect <= e.now {
 			e.connectFailed(s, v, ReasonConnectTimeout)
 			return
 		}
