@@ -263,9 +263,12 @@ func (r *rig) collect(ctx context.Context, c *collected, rate int, measure time.
 	if _, err := r.client.Run(ctx, r.self, loadJob{Target: r.vip, Sources: r.sources, Paths: job.Paths, Connections: 32, Measure: time.Second}.args()...); err != nil {
 		return err
 	}
-	var at [4]embedded
-	if at[2], err = ask(); err != nil {
-		return err
+	// To ask takes objects too: as many as between two questions in a row.
+	var at [5]embedded
+	for _, i := range []int{4, 2} {
+		if at[i], err = ask(); err != nil {
+			return err
+		}
 	}
 	b, err := r.client.Run(ctx, r.self, job.args()...)
 	if err != nil {
@@ -288,10 +291,11 @@ func (r *rig) collect(ctx context.Context, c *collected, rate int, measure time.
 		return fmt.Errorf("%d errors: %s", res.Errors, res.Error)
 	}
 	c.res = append(c.res, res)
-	quiet := float64(at[1].Mallocs-at[0].Mallocs) / (at[1].At - at[0].At).Seconds()
+	asking := float64(at[2].Mallocs - at[4].Mallocs)
+	quiet := (float64(at[1].Mallocs-at[0].Mallocs) - asking) / (at[1].At - at[0].At).Seconds()
 	took := (at[3].At - at[2].At).Seconds()
 	n := at[3].Packets - at[2].Packets
-	c.objects = append(c.objects, (float64(at[3].Mallocs-at[2].Mallocs)-quiet*took)/float64(max(n, 1)))
+	c.objects = append(c.objects, (float64(at[3].Mallocs-at[2].Mallocs)-asking-quiet*took)/float64(max(n, 1)))
 	c.packets += n
 	c.cycles += at[3].Cycles - at[2].Cycles
 	c.seconds += took
