@@ -262,10 +262,21 @@ func TestAskConcurrency(t *testing.T) {
 		n, _ := io.Copy(io.Discard, resp.Body)
 		return resp.StatusCode, n
 	}
-	running, err := client.Get("http://" + r.VIP().String() + "/established")
-	if err != nil || running.StatusCode != http.StatusOK {
-		t.Fatalf("before: %v %v", running, err)
-	}
+	// On a busy machine an answer may take more than the two seconds that a
+	// request waits at most: it is asked again.
+	var running *http.Response
+	until(t, 30*time.Second, "a response that runs", func() bool {
+		resp, err := client.Get("http://" + r.VIP().String() + "/established")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if resp.StatusCode != http.StatusOK {
+			resp.Body.Close()
+			return false
+		}
+		running = resp
+		return true
+	})
 	defer running.Body.Close()
 
 	turn(false)
@@ -302,10 +313,11 @@ func TestAskConcurrency(t *testing.T) {
 		t.Errorf("%d got the fallback, want %d", refused, limit)
 	}
 	before := decisions()
-	if status, n := get("/again"); status != http.StatusOK || n != size {
-		t.Errorf("afterwards: status %d, %d bytes", status, n)
-	}
-	if d := decisions(); d.Answered != before.Answered+1 || d.Busy != limit {
+	until(t, 30*time.Second, "a newcomer to be served", func() bool {
+		status, n := get("/again")
+		return status == http.StatusOK && n == size
+	})
+	if d := decisions(); d.Answered <= before.Answered || d.Busy != limit {
 		t.Errorf("afterwards %+v, before %+v: the plugin was not asked", d, before)
 	}
 	client.CloseIdleConnections()
