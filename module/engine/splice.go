@@ -181,10 +181,10 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 	case size < n:
 		e.partToServer(r, c, s, v, body[:size], c.Epoch.SeqToServer(seq))
 	default:
-		if out := c.Epoch.SeqToServer(limit); v.SndEdge.Less(out) && size > 1 {
+		if out := c.Epoch.SeqToServer(limit); v.SndEdge.Less(out) && (size > 1 || v.SndEdge.Less(c.Epoch.SeqToServer(seq))) {
 			// A client that sends again what it sent before the window shrank,
 			// or before it was this server's, does not trim it: the server gets
-			// what it has room for.
+			// what it has room for. One byte at the edge is a probe.
 			e.partToServer(r, c, s, v, body[:size], c.Epoch.SeqToServer(seq))
 			e.probeWindow(c, s, v, c.Epoch.SeqToServer(seq))
 			break
