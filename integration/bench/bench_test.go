@@ -150,7 +150,7 @@ func TestRate(t *testing.T) {
 	}
 	// Each of the 300 asks once at first. A slow machine answers late, and no
 	// more often.
-	if res.Errors > 0 || connections.Load() != 300 || res.Requests == 0 || float64(res.Requests) > 500*res.Elapsed.Seconds()+310 {
+	if res.Errors > 0 || connections.Load() > 300 || res.AllRequests == 0 || float64(res.Requests) > 500*res.Elapsed.Seconds()+310 {
 		t.Errorf("%+v over %d connections", res, connections.Load())
 	}
 }
