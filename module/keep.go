@@ -35,6 +35,8 @@ type keeping struct {
 	dir    string
 	state  kept
 	stores []*flowstore.Memory
+	// heir: there was a predecessor, and what it left is worth something.
+	heir bool
 	// discard: the instance stopped in order, nobody is to take over.
 	discard bool
 	took    engine.Takeover
@@ -60,6 +62,10 @@ const keptVersion = 1
 func (m *Module) recall(give *undo) error {
 	k := &m.keep
 	k.dir = filepath.Join(m.config().RuntimeDir, "flows")
+	if st, err := os.Lstat(k.dir); err == nil && !st.IsDir() {
+		m.refused(k.dir + " is no directory")
+		_ = os.Remove(k.dir)
+	}
 	if err := os.MkdirAll(k.dir, 0o700); err != nil {
 		return fmt.Errorf("runtime_dir: %w", err)
 	}
@@ -69,6 +75,9 @@ func (m *Module) recall(give *undo) error {
 	b, err := os.ReadFile(filepath.Join(k.dir, "instance"))
 	switch {
 	case errors.Is(err, os.ErrNotExist):
+		if left, _ := filepath.Glob(filepath.Join(k.dir, "shard*")); len(left) > 0 {
+			return m.forget("the file \"instance\" is missing")
+		}
 		return m.forget("")
 	case err != nil:
 		return m.forget(err.Error())
@@ -89,7 +98,7 @@ func (m *Module) recall(give *undo) error {
 		return m.forget("the file \"instance\" is damaged: it is from the future")
 	}
 	k.discard = false
-	k.state = old
+	k.state, k.heir = old, true
 	copy(m.secret[:], secret)
 	m.clock = clock{time.Now(), old.Clock + flowstore.HostTime() - old.Since}
 	m.recallSnapshots()
@@ -115,13 +124,9 @@ func (m *Module) forget(why string) error {
 		m.refused(why)
 	}
 	k := &m.keep
-	for _, name := range []string{"instance", "handshakes"} {
-		_ = os.Remove(filepath.Join(k.dir, name))
-	}
-	old, _ := filepath.Glob(filepath.Join(k.dir, "shard*"))
-	snaps, _ := filepath.Glob(filepath.Join(k.dir, "snapshot*"))
-	for _, p := range append(old, snaps...) {
-		_ = os.Remove(p)
+	all, _ := filepath.Glob(filepath.Join(k.dir, "*"))
+	for _, p := range all {
+		_ = os.RemoveAll(p)
 	}
 	k.state = kept{
 		Version: keptVersion, Boot: flowstore.HostLife(), Clock: m.clock.now(), Since: flowstore.HostTime(), Secret: hex.EncodeToString(m.secret[:]),
@@ -204,8 +209,10 @@ func (m *Module) store(name string) *flowstore.Memory {
 	mem, err := flowstore.Open(path, splice.RecordVersion)
 	if errors.Is(err, flowstore.ErrRefused) {
 		m.refused(err.Error())
-		_ = os.Remove(path)
+		_ = os.RemoveAll(path)
 		mem, err = flowstore.Open(path, splice.RecordVersion)
+	} else if err == nil && k.heir && !mem.Found() {
+		m.refused(fmt.Sprintf("the file %q is missing or empty", name))
 	}
 	if err != nil {
 		m.noStore(err)
@@ -241,7 +248,7 @@ func (m *Module) shardEngine(opt engine.Options) (*engine.Engine, *flowstore.Mem
 			break
 		}
 		m.refused(err.Error())
-		_ = os.Remove(filepath.Join(m.keep.dir, name))
+		_ = os.RemoveAll(filepath.Join(m.keep.dir, name))
 	}
 	return engine.New(opt, m.db.Load()), nil
 }
@@ -264,7 +271,7 @@ func (m *Module) keepHandshakes() {
 			return
 		}
 		m.refused(err.Error())
-		_ = os.Remove(filepath.Join(m.keep.dir, "handshakes"))
+		_ = os.RemoveAll(filepath.Join(m.keep.dir, "handshakes"))
 	}
 }
 
@@ -276,8 +283,9 @@ func (m *Module) keepShards(n int) {
 		m.refused(fmt.Sprintf("there were %d shards, and there are %d now", old, n))
 		files, _ := filepath.Glob(filepath.Join(k.dir, "shard*"))
 		for _, p := range files {
-			_ = os.Remove(p)
+			_ = os.RemoveAll(p)
 		}
+		k.heir = false
 	}
 	k.state.Shards = n
 	if err := m.remember(m.db.Load()); err != nil {
@@ -369,7 +377,8 @@ func (m *Module) recallSnapshots() {
 		}
 		if err != nil || x.Snapshot == nil {
 			m.log.Warn("a policy's snapshot of a predecessor is damaged; its plugin makes another", "file", p, "error", err)
-			_ = os.Remove(p)
+			m.events.Add(control.Event{Name: control.EventTakeover, Text: "a policy's snapshot of a predecessor is damaged: " + filepath.Base(p)})
+			_ = os.RemoveAll(p)
 			continue
 		}
 		c := m.config().Farm(x.Farm)

@@ -91,7 +91,9 @@ type Module struct {
 	bans   bans
 	banned chan nft.Ban // for banLoop
 	keep   keeping
-	secret [16]byte // of the cookies
+	ledger ledger
+	seen   *observer // made when the counters stand where a predecessor's stood
+	secret [16]byte  // of the cookies
 
 	network   *host.Network // of the thread of Run, for plugins that probe
 	host      *host.Host
@@ -263,6 +265,8 @@ func (m *Module) Run(ctx context.Context) (err error) {
 	if err := m.openQueues(&params, &give); err != nil {
 		return err
 	}
+	m.recallCounters()
+	m.seen = newObserver(m)
 	if m.local, err = nft.WatchLocal(); err != nil {
 		return err
 	}

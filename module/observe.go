@@ -34,9 +34,38 @@ type observer struct {
 	dropped []uint64 // by shard, packets that the kernel could not queue
 }
 
+// newObserver is one that has seen what is counted so far.
+func newObserver(m *Module) *observer {
+	o := &observer{m: m, failed: map[uint16][farm.FailKinds]uint64{}, refused: map[uint16]uint64{}, plugins: map[string]*host.Status{}}
+	for _, f := range m.db.Load().Farms {
+		o.refused[f.ID] = f.Stats.WaitRefused.Load() + f.Stats.WaitTimedOut.Load()
+		for _, s := range f.Servers {
+			var n [farm.FailKinds]uint64
+			for k := range n {
+				n[k] = s.Stats.Failed[k].Load()
+			}
+			o.failed[s.ID] = n
+		}
+	}
+	for _, r := range telling {
+		o.reasons[r] = o.counted(r)
+	}
+	return o
+}
+
+// counted is how often something happened, over all shards.
+func (o *observer) counted(r engine.Reason) (n uint64) {
+	for _, s := range o.m.shards {
+		if s.role == roleShard {
+			n += s.engine.Count.Get(r)
+		}
+	}
+	return n
+}
+
 // observe makes events of counters that moved, until ctx ends.
 func (m *Module) observe(ctx context.Context) {
-	o := &observer{m: m, failed: map[uint16][farm.FailKinds]uint64{}, refused: map[uint16]uint64{}, plugins: map[string]*host.Status{}}
+	o := m.seen
 	for _, p := range m.host.Status() {
 		o.plugins[p.Plugin] = &p
 	}
@@ -48,6 +77,7 @@ func (m *Module) observe(ctx context.Context) {
 			return
 		case <-t.C:
 			o.look()
+			m.keepCounters()
 		}
 	}
 }
@@ -68,12 +98,7 @@ func (o *observer) look() {
 		}
 	}
 	for _, r := range telling {
-		var n uint64
-		for _, s := range o.m.shards {
-			if s.role == roleShard {
-				n += s.engine.Count.Get(r)
-			}
-		}
+		n := o.counted(r)
 		if more := n - o.reasons[r]; more > 0 {
 			o.m.event(control.Event{Name: r.String(), Level: control.LevelWarn, Count: more, Text: fmt.Sprintf("%s: %d times", r, more)})
 		}

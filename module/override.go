@@ -270,6 +270,7 @@ func (m *Module) Overrides(context.Context) ([]control.Override, error) {
 // instance. The caller holds m.op.
 func (m *Module) putOverrides(list []control.Override) {
 	m.op.overrides = list
+	m.keepOverrides(list)
 	if err := m.saveOverrides(list); err != nil {
 		m.log.Error("run-time changes cannot be kept over a restart", "error", err)
 	}
@@ -299,17 +300,59 @@ func (m *Module) saveOverrides(list []control.Override) error {
 	return os.Rename(path+".tmp", path)
 }
 
+// keepOverrides has all overrides outlive the death of the process, those too
+// that do not outlive a stop.
+func (m *Module) keepOverrides(list []control.Override) {
+	if m.keep.dir == "" {
+		return
+	}
+	b, err := seal(list)
+	if err == nil {
+		err = replaceFile(filepath.Join(m.keep.dir, "overrides"), b)
+	}
+	if err != nil {
+		m.log.Error("run-time changes will not outlive a death of the process", "error", err)
+	}
+}
+
+// keptOverrides are those of a predecessor that died.
+func (m *Module) keptOverrides() (list []control.Override, died bool) {
+	if !m.keep.heir {
+		return nil, false
+	}
+	path := filepath.Join(m.keep.dir, "overrides")
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, false // there were none
+	}
+	if err == nil {
+		err = unseal(b, &list)
+	}
+	if err != nil {
+		const text = "the run-time changes of a predecessor are damaged; those count that were to be kept"
+		m.log.Warn(text, "file", path, "error", err)
+		m.events.Add(control.Event{Name: control.EventTakeover, Text: text})
+		_ = os.RemoveAll(path)
+		return nil, false
+	}
+	return list, true
+}
+
 // recallOverrides puts the overrides of an earlier instance into force, as far
 // as they still hold. A file that cannot be read is told and left alone.
 func (m *Module) recallOverrides() error {
 	path := filepath.Join(m.config().RuntimeDir, overridesFile)
-	b, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	var list []control.Override
-	if err == nil {
-		err = json.Unmarshal(b, &list)
+	list, died := m.keptOverrides()
+	var err error
+	if !died {
+		var b []byte
+		b, err = os.ReadFile(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err == nil {
+			err = json.Unmarshal(b, &list)
+		}
 	}
 	if err != nil {
 		m.log.Error("the run-time changes that were to be kept cannot be read; the files alone count", "file", path, "error", err)

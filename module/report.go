@@ -68,6 +68,7 @@ func (m *Module) metricsSource() metrics.Source {
 		Rules: func() metrics.Rules {
 			return metrics.Rules{Restored: m.firewall.Restored(), GuardDropped: m.watcher.Drops(), Foreign: int(m.foreign.Load())}
 		},
+		Collected: m.keepCounters,
 		Access: func() metrics.AccessLog {
 			written, dropped := m.access.Counts()
 			return metrics.AccessLog{Written: written, Dropped: dropped}
@@ -75,7 +76,7 @@ func (m *Module) metricsSource() metrics.Source {
 	}
 	shards := 0
 	for _, sh := range m.shards {
-		q := metrics.Queue{Stats: sh.queue.Stats, Emit: sh.emit.Stats, Spent: &sh.spent}
+		q := metrics.Queue{Stats: sh.stats, Emit: sh.emitted, Spent: &sh.spent}
 		switch sh.role {
 		case roleSYN:
 			q.Name = "syn"

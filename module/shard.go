@@ -54,6 +54,9 @@ type shard struct {
 	pkts    [][]byte
 	spent   farm.Histogram // per batch of packets, until its verdicts
 	pause   pause
+
+	before     divert.Stats // what predecessors counted
+	beforeEmit divert.EmitStats
 }
 
 // batchSize is how many packets are handled between two looks at the clock.

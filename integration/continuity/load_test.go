@@ -34,7 +34,10 @@ var content = sync.OnceValue(func() []byte {
 })
 
 // posts counts how often each POST came to a server.
-type posts struct{ seen sync.Map }
+type posts struct {
+	seen sync.Map
+	gaps gaps // in the bodies of uploads, and in downloads
+}
 
 // serve answers the paths of the load: /big takes a second or two, POST counts.
 func (p *posts) serve(w http.ResponseWriter, q *http.Request) bool {
@@ -43,7 +46,11 @@ func (p *posts) serve(w http.ResponseWriter, q *http.Request) bool {
 		n, _ := p.seen.LoadOrStore(q.URL.RawQuery, new(atomic.Int64))
 		n.(*atomic.Int64).Add(1)
 		h := sha256.New()
-		if _, err := io.Copy(h, q.Body); err == nil {
+		var body io.Reader = q.Body
+		if q.URL.Path == "/up" {
+			body = &watched{Reader: body, to: &p.gaps, last: time.Now()}
+		}
+		if _, err := io.Copy(h, body); err == nil {
 			fmt.Fprintf(w, "%x has %s", h.Sum(nil), q.URL.Path)
 		}
 	case q.URL.Path == "/big":
@@ -239,15 +246,19 @@ func TestLoadKilled(t *testing.T) {
 	r.stop()
 }
 
-// TestLoadStopped: an engine that stands still for seconds is replaced, and
+// TestLoadStopped: an engine that stands still for five seconds is replaced, and
 // nothing breaks, neither then nor when it would wake up.
 func TestLoadStopped(t *testing.T) {
 	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2})
-	r.start(loaded)
+	r.start(loaded, "--hang-timeout", "5s")
 	l := r.load(8, 8)
 	pid := r.serving()
+	begun := time.Now()
 	r.signal(pid, syscall.SIGSTOP)
 	r.successor(pid)
+	if d := time.Since(begun); d < 5*time.Second {
+		t.Errorf("it was replaced after %v", d)
+	}
 	if alive(pid) {
 		t.Errorf("process %d is still there", pid)
 	}

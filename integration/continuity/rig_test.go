@@ -89,9 +89,15 @@ var withPath = lab.ConfigOptions{
 // is shown when the test fails.
 func (r *rig) start(c lab.ConfigOptions, args ...string) {
 	r.t.Helper()
+	r.launch(c, append([]string{"--supervise"}, args...)...)
+}
+
+// launch runs weir with these arguments, and waits until it serves.
+func (r *rig) launch(c lab.ConfigOptions, args ...string) {
+	r.t.Helper()
 	c.Dir = r.run
 	w, err := lab.StartWeir(within(r.t, 30*time.Second), r.Router, lab.WeirOptions{
-		Binary: r.bin, Config: r.Config(c), Dir: r.dir, Socket: c.Socket(), Args: append([]string{"--supervise"}, args...),
+		Binary: r.bin, Config: r.Config(c), Dir: r.dir, Socket: c.Socket(), Args: args,
 	})
 	r.must(err)
 	r.w = w

@@ -94,6 +94,12 @@ func StartWeir(ctx context.Context, h *Host, o WeirOptions) (*Weir, error) {
 	}
 }
 
+// AttachWeir makes a Weir of a daemon that something else runs, such as a
+// service manager. Proc is what runs it; Log stays empty.
+func AttachWeir(h *Host, p *Process, o WeirOptions) *Weir {
+	return &Weir{Host: h, Proc: p, options: o}
+}
+
 // env is the environment of the daemon: of ours what a program needs, and a
 // directory for temporary files of its own, so that what it leaves can be seen.
 func (w *Weir) env() []string {

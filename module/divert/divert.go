@@ -246,3 +246,25 @@ type Stats struct {
 	Kernel    KernelStats
 	KernelErr error
 }
+
+// Each calls f for every counter that this process keeps, with a name that
+// stays over versions.
+func (s *Stats) Each(f func(name string, n *uint64)) {
+	f("received", &s.Received)
+	f("received_bytes", &s.ReceivedBytes)
+	f("batches", &s.Batches)
+	f("gso", &s.GSO)
+	f("truncated", &s.Truncated)
+	f("dropped", &s.Dropped)
+	f("accepted", &s.Accepted)
+	f("rewritten", &s.Rewritten)
+	f("refused", &s.Refused)
+	f("requeued", &s.Requeued)
+	f("unanswered", &s.Unanswered)
+	f("malformed", &s.Malformed)
+	f("verdict_errors", &s.VerdictErrors)
+	f("send_errors", &s.SendErrors)
+	f("receive_errors", &s.ReceiveErrors)
+	f("no_buffers", &s.NoBuffers)
+	f("wakes", &s.Wakes)
+}

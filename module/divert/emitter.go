@@ -97,6 +97,20 @@ type EmitStats struct {
 	LastMTU   int        // the latest limit reported with TooBig, in bytes, 0 if none was
 }
 
+// Each calls f for every counter, with a name that stays over versions.
+func (s *EmitStats) Each(f func(name string, n *uint64)) {
+	f("sent", &s.Sent)
+	f("bytes", &s.Bytes)
+	f("too_big", &s.TooBig)
+	f("not_permitted", &s.NotPermitted)
+	f("no_buffers", &s.NoBuffers)
+	f("busy", &s.Busy)
+	f("unreachable", &s.Unreachable)
+	f("malformed", &s.Malformed)
+	f("unsupported", &s.Unsupported)
+	f("other", &s.Other)
+}
+
 // Failed returns the number of packets that were not sent.
 func (s *EmitStats) Failed() uint64 {
 	return s.TooBig + s.NotPermitted + s.NoBuffers + s.Busy + s.Unreachable + s.Malformed + s.Unsupported + s.Other

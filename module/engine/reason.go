@@ -228,6 +228,9 @@ type Counters [reasonCount]atomic.Uint64
 
 func (c *Counters) add(r Reason) { c[r].Add(1) }
 
+// Add adds what a predecessor counted.
+func (c *Counters) Add(r Reason, n uint64) { c[r].Add(n) }
+
 // Get returns one counter.
 func (c *Counters) Get(r Reason) uint64 { return c[r].Load() }
 

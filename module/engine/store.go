@@ -3,6 +3,7 @@
 package engine
 
 import (
+	"hash/crc32"
 	"strconv"
 	"unsafe"
 
@@ -172,11 +173,12 @@ func (e *Engine) mirror(table uint32, r splice.Ref) {
 	held, next := m.areas(c)
 	if c.State == splice.ClientAnswering {
 		copy(m.answer[:], d.answer)
+		c.HeldSum = sumOf(d.answer)
 		d.heldMirrored = 0
 	} else {
-		reflect(held, d.held, &d.heldMirrored)
+		reflect(held, d.held, &d.heldMirrored, &c.HeldSum)
 	}
-	reflect(next, d.next, &d.nextMirrored)
+	reflect(next, d.next, &d.nextMirrored, &c.NextSum)
 }
 
 // prepare sees to it that a client's mirror has memory for what it holds. It
@@ -220,17 +222,29 @@ func (m *mirror) areas(c *splice.Client) (held, next *[mirrorArea]byte) {
 }
 
 // reflect copies what was appended since the last time.
-func reflect(area *[mirrorArea]byte, b []byte, done *int) {
+func reflect(area *[mirrorArea]byte, b []byte, done *int, sum *uint32) {
+	if *done == len(b) {
+		return
+	}
 	if *done < len(b) && *done < mirrorArea {
 		copy(area[*done:], b[*done:])
 	}
-	*done = len(b)
+	*done, *sum = len(b), sumOf(b)
 }
+
+// sumOf notices bytes that others wrote into: a server must not get them.
+func sumOf(b []byte) uint32 { return crc32.Checksum(b, castagnoli) }
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// summed is the first version of records that has the sums.
+const summed = 5
 
 // swap says that the bytes of the next request have become the held ones: the
 // two areas change their roles, so that the step can still be undone.
 func (d *side) swap(c *splice.Client) {
 	c.Flags ^= splice.ClientSwapped
+	c.HeldSum, c.NextSum = c.NextSum, 0
 	d.heldMirrored, d.nextMirrored = d.nextMirrored, 0
 }
 
@@ -244,14 +258,18 @@ func (e *Engine) restore(c *splice.Client) bool {
 		return false
 	}
 	c.Side = i
-	if !s.prepare(c) || !e.sides.take(i) {
+	if !s.prepare(c) {
+		c.Side = 0
+		return false
+	}
+	m := &s.mirrors[i]
+	held, next := m.areas(c)
+	if !s.intact(c, m) || !e.sides.take(i) {
 		c.Side = 0
 		return false
 	}
 	d := e.sides.at(i)
 	d.req.Reset()
-	m := &s.mirrors[i]
-	held, next := m.areas(c)
 	if c.State == splice.ClientAnswering {
 		d.answer = append(d.answer[:0], m.answer[:c.Held]...)
 	} else {
@@ -260,7 +278,24 @@ func (e *Engine) restore(c *splice.Client) bool {
 	}
 	d.next = append(d.next[:0], next[:c.Next]...)
 	d.nextMirrored = len(d.next)
+	c.HeldSum, c.NextSum = sumOf(d.held), sumOf(d.next) // of a predecessor that had none
+	if c.State == splice.ClientAnswering {
+		c.HeldSum = sumOf(d.answer)
+	}
 	return true
+}
+
+// intact tells whether a mirror holds what was put into it.
+func (s *store) intact(c *splice.Client, m *mirror) bool {
+	if s.mem.WrittenBy() < summed {
+		return true // nobody knows
+	}
+	held, next := m.areas(c)
+	b := held[:c.Held]
+	if c.State == splice.ClientAnswering {
+		b = m.answer[:c.Held]
+	}
+	return (c.Held == 0 || sumOf(b) == c.HeldSum) && (c.Next == 0 || sumOf(next[:c.Next]) == c.NextSum)
 }
 
 // take gives out the side of a certain number, once.

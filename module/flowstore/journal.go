@@ -18,7 +18,7 @@ import (
 // it. Only the compiler must be kept from reordering, which the atomic counter
 // does.
 type Journal struct {
-	n       *atomic.Uint32 // copies that count
+	word    *atomic.Uint64 // number of the step, and copies that count: step<<32 | n
 	entries []byte
 	size    uintptr // of an entry
 	cap     uint32
@@ -43,8 +43,31 @@ type journaled interface {
 
 const (
 	journalEntries = 64
-	entryHead      = 8 // table, Ref
+	entryHead      = 16 // see entryMark
 )
+
+// entryMark stands before a copy. Only copies of the step that is under way are
+// put back: if others write into the number of copies, older ones must not come
+// to life again.
+type entryMark struct{ table, ref, step, _ uint32 }
+
+func (j *Journal) mark(i uint32) *entryMark {
+	return (*entryMark)(unsafe.Pointer(&j.entries[uintptr(i)*j.size]))
+}
+
+// count is how many copies count.
+func (j *Journal) count() uint32 { return uint32(j.word.Load()) }
+
+// next begins another step, whose copies are told from all before.
+func (j *Journal) next() {
+	if j.step++; j.step == 0 {
+		j.step = 1
+	}
+	j.word.Store(uint64(j.step) << 32)
+	for _, t := range j.tables {
+		t.begin(j.step)
+	}
+}
 
 // NewJournal makes the journal of a Memory. Tables are added by NewIn.
 func NewJournal(m *Memory, largest uintptr) (*Journal, error) {
@@ -56,9 +79,12 @@ func NewJournal(m *Memory, largest uintptr) (*Journal, error) {
 	if !s.Ensure(len(s.b)) {
 		return nil, errNoRoom
 	}
-	return &Journal{
-		n: (*atomic.Uint32)(unsafe.Pointer(&s.b[0])), entries: s.b[size:], size: size, cap: journalEntries, step: 1,
-	}, nil
+	j := &Journal{word: (*atomic.Uint64)(unsafe.Pointer(&s.b[0])), entries: s.b[size:], size: size, cap: journalEntries}
+	j.step = uint32(j.word.Load() >> 32)
+	if j.count() == 0 {
+		j.next()
+	}
+	return j, nil
 }
 
 func (j *Journal) add(t journaled) uint32 {
@@ -73,24 +99,24 @@ func (j *Journal) entry(table uint32, r Ref) unsafe.Pointer {
 	if j.Hook != nil {
 		j.Hook()
 	}
-	n := j.n.Load()
+	n := j.count()
 	if n == j.cap {
 		j.Overflows++
 		j.extra = append(j.extra, [2]uint32{table, uint32(r)})
 		return nil
 	}
-	e := unsafe.Pointer(&j.entries[uintptr(n)*j.size])
-	*(*[2]uint32)(e) = [2]uint32{table, uint32(r)}
-	return unsafe.Add(e, entryHead)
+	e := j.mark(n)
+	*e = entryMark{table: table, ref: uint32(r), step: j.step}
+	return unsafe.Add(unsafe.Pointer(e), entryHead)
 }
 
-func (j *Journal) publish() { j.n.Store(j.n.Load() + 1) }
+func (j *Journal) publish() { j.word.Store(j.word.Load() + 1) }
 
 // Commit ends a step: what it changed stays. f, if it is not nil, is called
 // before for every record that the step touched, with the index of its table
 // in the order of their making, and may change that record.
 func (j *Journal) Commit(f func(table uint32, r Ref)) {
-	n := j.n.Load()
+	n := j.count()
 	if n == 0 {
 		return
 	}
@@ -98,7 +124,8 @@ func (j *Journal) Commit(f func(table uint32, r Ref)) {
 		j.Hook()
 	}
 	for i := range n {
-		j.seal(*(*[2]uint32)(unsafe.Pointer(&j.entries[uintptr(i)*j.size])), f)
+		e := j.mark(i)
+		j.seal([2]uint32{e.table, e.ref}, f)
 	}
 	for _, e := range j.extra {
 		j.seal(e, f)
@@ -107,13 +134,7 @@ func (j *Journal) Commit(f func(table uint32, r Ref)) {
 	if j.Hook != nil {
 		j.Hook()
 	}
-	j.n.Store(0)
-	if j.step++; j.step == 0 {
-		j.step = 1
-	}
-	for _, t := range j.tables {
-		t.begin(j.step)
-	}
+	j.next()
 }
 
 func (j *Journal) seal(e [2]uint32, f func(uint32, Ref)) {
@@ -128,20 +149,22 @@ func (j *Journal) seal(e [2]uint32, f func(uint32, Ref)) {
 //
 // f, if it is not nil, is told of each.
 func (j *Journal) Undo(f func(table uint32, r Ref)) int {
-	n := j.n.Load()
+	n := j.count()
 	if n > j.cap {
 		n = 0 // not written by us
 	}
+	undone := 0
 	for i := int(n) - 1; i >= 0; i-- {
-		b := j.entries[uintptr(i)*j.size:][:j.size]
-		e := *(*[2]uint32)(unsafe.Pointer(&b[0]))
-		if int(e[0]) < len(j.tables) {
-			j.tables[e[0]].restore(b[entryHead:], Ref(e[1]))
-			if f != nil {
-				f(e[0], Ref(e[1]))
-			}
+		e := j.mark(uint32(i))
+		if e.step != j.step || int(e.table) >= len(j.tables) {
+			continue // not of this step
+		}
+		j.tables[e.table].restore(j.entries[uintptr(i)*j.size:][entryHead:j.size], Ref(e.ref))
+		undone++
+		if f != nil {
+			f(e.table, Ref(e.ref))
 		}
 	}
-	j.n.Store(0)
-	return int(n)
+	j.next()
+	return undone
 }

@@ -28,6 +28,7 @@ type Memory struct {
 	head     *memoryHead
 	sections []*Section
 	found    bool
+	wrote    uint32 // version of the records of who had it last
 	owner    uint64
 	images   []*Section // of an Image: sections that nobody asked for yet
 }
@@ -39,9 +40,9 @@ type Section struct {
 	ready int // bytes that may be touched
 	file  *os.File
 	at    int64
-	fails bool   // an extension failed; do not ask at every packet
-	note  *int64 // where a successor reads ready
-	used  int    // of a sparse section in ordinary memory
+	fails bool       // an extension failed; do not ask at every packet
+	note  *readyMark // where a successor reads ready
+	used  int        // of a sparse section in ordinary memory
 }
 
 // memoryHead is the first page of a file.
@@ -51,7 +52,6 @@ type memoryHead struct {
 	record   uint32 // version of the records, as given to Open
 	owner    atomic.Uint64
 	seed     uint64
-	clock    int64 // see SetClock
 	boot     [40]byte
 	complete atomic.Uint32 // the sections are made
 	failed   atomic.Uint32 // see MarkFailed
@@ -64,13 +64,35 @@ type sectionHead struct {
 	item  uint32 // bytes per item, to notice another layout
 	size  int64
 	start int64
-	ready int64 // bytes from the start that have memory
+	ready readyMark // bytes from the start that have memory
+}
+
+// readyMark is a number that is written while the file is in use, so that the
+// sum over the head cannot have it: it stands there twice, once inverted. A
+// death between the two stores would make it a wrong one, so there are two of
+// these pairs, of which one is always right.
+type readyMark [2][2]int64
+
+func (r *readyMark) set(n int64) {
+	for i := range r {
+		r[i] = [2]int64{n, ^n}
+	}
+}
+
+// get returns the number, or false if others wrote into it.
+func (r *readyMark) get() (int64, bool) {
+	for i := range r {
+		if r[i][0] == ^r[i][1] {
+			return r[i][0], true
+		}
+	}
+	return 0, false
 }
 
 const (
 	memoryMagic = 0x57656972666c6f77 // "Weirflow"
 	// LayoutVersion changes when the order of things in a file does.
-	LayoutVersion = 1
+	LayoutVersion = 2
 	maxSections   = 24
 	page          = 4096
 	// extendBy is how much memory a section gets at once.
@@ -85,44 +107,6 @@ var ErrRefused = errors.New("the flow store cannot be taken over")
 // NewHeap makes a Memory that nobody inherits.
 func NewHeap() *Memory {
 	return &Memory{head: &memoryHead{}}
-}
-
-// Image copies a Memory that NewHeap made as it stands, also in the middle of
-// a step: what a successor would find if the process died now. It is for tests.
-func (m *Memory) Image() *Memory {
-	c := &Memory{head: &memoryHead{seed: m.head.seed, clock: m.head.clock}, found: true}
-	c.head.failed.Store(m.head.failed.Load())
-	for _, s := range m.sections {
-		b := clean(len(s.b))
-		n := s.ready
-		if s.used > 0 {
-			n = s.used
-		}
-		copy(b[:n], s.b)
-		c.images = append(c.images, &Section{b: b, ready: s.ready, used: s.used, note: new(int64)})
-	}
-	return c
-}
-
-// LoseJournal makes an Image one in which the journal was never written: what a
-// step had begun stays half done. It is the negative control of tests.
-func (m *Memory) LoseJournal() {
-	if len(m.images) > 0 {
-		clear(m.images[0].b[:8])
-	}
-}
-
-// Free gives the memory of NewHeap or Image back, to be used again by those.
-// It is for tests that make thousands of them.
-func (m *Memory) Free() {
-	for _, s := range append(m.sections, m.images...) {
-		clear(s.b[:max(s.ready, s.used)])
-		heaps.Lock()
-		heaps.free[len(s.b)] = append(heaps.free[len(s.b)], s.b)
-		heaps.Unlock()
-		s.b = nil
-	}
-	m.sections, m.images = nil, nil
 }
 
 // heaps are clean pieces of ordinary memory by their size, from Free.
@@ -150,8 +134,12 @@ func clean(size int) []byte {
 //
 // The caller holds the instance's lock: two processes must not write.
 func Open(path string, record uint32) (*Memory, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
+	// Not to wait for the other end of something that is no file.
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0o600)
+	switch {
+	case errors.Is(err, unix.EISDIR), errors.Is(err, unix.ELOOP), errors.Is(err, unix.ENXIO):
+		return nil, fmt.Errorf("flow store %s: %w: not a regular file", path, ErrRefused)
+	case err != nil:
 		return nil, fmt.Errorf("flow store: %w", err)
 	}
 	m, err := open(f, record)
@@ -215,7 +203,7 @@ func open(f *os.File, record uint32) (*Memory, error) {
 		m.Close()
 		return nil, err
 	}
-	m.head.record = record
+	m.wrote, m.head.record = m.head.record, record
 	m.owner = m.head.owner.Add(1)
 	return m, nil
 }
@@ -239,8 +227,9 @@ func (h *memoryHead) check(size int64, record uint32, boot [40]byte) error {
 	start := int64(page)
 	for i := range h.n {
 		s := &h.sections[i]
-		if s.start != start || s.size < 0 || s.size > size-start || s.ready < 0 || s.ready > s.size {
-			return fmt.Errorf("%w: section %d does not follow on the one before, or lies outside its %d bytes", ErrRefused, i, size)
+		ready, ok := s.ready.get()
+		if !ok || s.start != start || s.size < 0 || s.size > size-start || ready < 0 || ready > s.size {
+			return fmt.Errorf("%w: section %d does not follow on the one before, or lies outside its %d bytes, or is damaged", ErrRefused, i, size)
 		}
 		start += s.size
 	}
@@ -263,6 +252,10 @@ func bootID() (id [40]byte) {
 // something to take over.
 func (m *Memory) Found() bool { return m.found }
 
+// WrittenBy is the version of the records of the program that had the file
+// last; that of this one where there was none.
+func (m *Memory) WrittenBy() uint32 { return m.wrote }
+
 // Complete says that all sections are made.
 func (m *Memory) Complete() { m.head.complete.Store(1) }
 
@@ -283,12 +276,6 @@ func (m *Memory) Seed() uint64 { return m.head.seed }
 
 // SetSeed sets it.
 func (m *Memory) SetSeed(s uint64) { m.head.seed = s }
-
-// Clock is what SetClock stored last.
-func (m *Memory) Clock() int64 { return m.head.clock }
-
-// SetClock notes the engine's time, so that a successor's does not go back.
-func (m *Memory) SetClock(now int64) { m.head.clock = now }
 
 // Close unmaps the file. Nothing that came from the Memory may be used any
 // more.
@@ -320,7 +307,7 @@ func (m *Memory) Section(tag uint32, n int, item uintptr) (*Section, error) {
 			m.images, m.sections = m.images[1:], append(m.sections, s)
 			return s, nil
 		}
-		s := &Section{b: clean(size), note: new(int64)}
+		s := &Section{b: clean(size), note: new(readyMark)}
 		m.sections = append(m.sections, s)
 		return s, nil
 	}
@@ -336,6 +323,7 @@ func (m *Memory) Section(tag uint32, n int, item uintptr) (*Section, error) {
 		}
 	} else {
 		*h = sectionHead{tag: tag, item: uint32(item), size: int64(size), start: page}
+		h.ready.set(0)
 		if i > 0 {
 			h.start = m.head.sections[i-1].start + m.head.sections[i-1].size
 		}
@@ -345,7 +333,15 @@ func (m *Memory) Section(tag uint32, n int, item uintptr) (*Section, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.ready, s.note = int(h.ready), &h.ready
+	ready, _ := h.ready.get() // It was checked.
+	s.ready, s.note = int(ready), &h.ready
+	if s.ready > 0 {
+		// It has memory, unless somebody punched holes into the file: then the
+		// first touch of one might find no room, which is a signal.
+		if err := unix.Fallocate(int(m.file.Fd()), 0, s.at, int64(s.ready)); err != nil {
+			return nil, fmt.Errorf("no room for %d bytes: %w", s.ready, err)
+		}
+	}
 	return s, nil
 }
 
@@ -390,7 +386,8 @@ func (s *Section) extend(n int) bool {
 		s.fails = true
 		return false
 	}
-	s.ready, *s.note = to, int64(to)
+	s.ready = to
+	s.note.set(int64(to))
 	return true
 }
 

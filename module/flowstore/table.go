@@ -32,21 +32,19 @@ var errNoRoom = errors.New("flow store: no room for it in the directory's file s
 // Table maps 4-tuples to records of type T. A Ref stays valid, and At returns
 // the same address, until Remove.
 type Table[T any] struct {
-	slots  []slot[T] // slots[0] is not used
-	step   uint32    // of the journal; records with another one are copied first
-	kind   uint32
-	j      *Journal
-	sec    *Section
-	high   Ref      // records up to here have been in use
-	note   *uint32  // where a successor reads high
-	hash   []uint32 // low half of the key's hash, per ref
-	live   []uint64 // bitmap of used refs
-	free   []Ref    // stack of unused refs up to high
-	index  []Ref    // open addressing, linear probing; 0 = empty
-	mask   uint32
-	seed   uint64
-	n      int
-	single uint32 // note of a table that nobody inherits
+	slots []slot[T] // slots[0] is not used
+	step  uint32    // of the journal; records with another one are copied first
+	kind  uint32
+	j     *Journal
+	sec   *Section
+	high  Ref      // records up to here have been in use
+	hash  []uint32 // low half of the key's hash, per ref
+	live  []uint64 // bitmap of used refs
+	free  []Ref    // stack of unused refs up to high
+	index []Ref    // open addressing, linear probing; 0 = empty
+	mask  uint32
+	seed  uint64
+	n     int
 }
 
 // slot is a record with its key as it stands in memory.
@@ -65,7 +63,6 @@ type slot[T any] struct {
 func New[T any](capacity int, seed uint64) *Table[T] {
 	t := newTable[T](capacity, seed)
 	t.slots = make([]slot[T], max(capacity, 1)+1)
-	t.note = &t.single
 	return t
 }
 
@@ -81,7 +78,6 @@ func NewIn[T any](m *Memory, j *Journal, tag uint32, capacity int, seed uint64) 
 	if !sec.Ensure(int(unsafe.Sizeof(slot[T]{}))) {
 		return nil, errNoRoom
 	}
-	t.note = &t.slots[0].used
 	t.j = j
 	t.kind = j.add(t)
 	return t, nil
@@ -179,7 +175,6 @@ func (t *Table[T]) Insert(k *packet.Tuple) Ref {
 			return 0
 		}
 		t.high = r
-		*t.note = uint32(r)
 	default:
 		return 0
 	}
@@ -305,12 +300,10 @@ type Recovered struct {
 // forgotten. It is called once, after Journal.Undo and before anything else. An
 // empty table costs nothing.
 func (t *Table[T]) Recover(sound func(Ref, *packet.Tuple, *T) bool) (rec Recovered) {
-	high := Ref(*t.note)
-	if limit := t.sec.ready / int(unsafe.Sizeof(slot[T]{})); int(high) >= limit || int(high) > t.Cap() {
-		high = Ref(max(min(limit-1, t.Cap()), 0)) // the number itself is not to be trusted
-	}
+	// All that has memory is looked at: a number of those that were in use could
+	// be wrong, and a look at the others costs nearly nothing.
+	high := Ref(max(min(t.sec.ready/int(unsafe.Sizeof(slot[T]{}))-1, t.Cap()), 0))
 	t.high = high
-	*t.note = uint32(high)
 	for r := Ref(1); r <= high; r++ {
 		s := &t.slots[r]
 		s.step = 0

@@ -61,6 +61,9 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 		x.count(accessDropped, a.Dropped)
 	}
 	wait.Wait()
+	if c.s.Collected != nil {
+		c.s.Collected()
+	}
 }
 
 // scrape sends the metrics of one scrape.

@@ -45,6 +45,10 @@ type Source struct {
 	// MaxClients and MaxServers are the sizes of one engine's tables, records.
 	MaxClients, MaxServers int
 
+	// Collected is called when all counters of a scrape are read, before anybody
+	// is told of them.
+	Collected func()
+
 	Firewall func(context.Context) (map[string]nft.Counter, error)
 	Rules    func() Rules
 	Plugins  func() []host.Status

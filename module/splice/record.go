@@ -10,7 +10,7 @@ import (
 // RecordVersion changes whenever a record gets another field. A program reads
 // the records of its own version, of the one before and of the one after, see
 // reserve.
-const RecordVersion = next + 4
+const RecordVersion = next + 5
 
 // Ref names a record of a flow table; 0 is none.
 type Ref uint32
@@ -129,7 +129,9 @@ type Client struct {
 
 	Suspect   uint8 // steps about it of which an engine died
 	SuspectAt int64 // when that was the last time
-	_         [reserve]byte
+
+	HeldSum, NextSum uint32 // checksums of the side's bytes, since version 5
+	_                [reserve - 8]byte
 }
 
 // reserve is room for the fields of later versions, zero until then. A record
