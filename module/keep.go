@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/weirgate/weir/module/config"
 	"github.com/weirgate/weir/module/control"
 	"github.com/weirgate/weir/module/engine"
 	"github.com/weirgate/weir/module/farm"
@@ -126,7 +127,9 @@ func (m *Module) forget(why string) error {
 	k := &m.keep
 	all, _ := filepath.Glob(filepath.Join(k.dir, "*"))
 	for _, p := range all {
-		_ = os.RemoveAll(p)
+		if filepath.Base(p) != "config" { // This start, or the next one, may depend on it.
+			_ = os.RemoveAll(p)
+		}
 	}
 	k.state = kept{
 		Version: keptVersion, Boot: flowstore.HostLife(), Clock: m.clock.now(), Since: flowstore.HostTime(), Secret: hex.EncodeToString(m.secret[:]),
@@ -330,6 +333,47 @@ func (k *keeping) owned() bool {
 		}
 	}
 	return true
+}
+
+// LastConfigPath is where an instance keeps the configuration that is in force,
+// until it stops in order.
+func LastConfigPath(runtimeDir string) string { return filepath.Join(runtimeDir, "flows", "config") }
+
+// LastConfig reads such a file. What it says is as it was when the instance
+// died: changes that waited for a restart wait on.
+func LastConfig(path string) (*config.Config, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("the configuration that was in force: %w", err)
+	}
+	var text string
+	if err := unseal(b, &text); err != nil {
+		return nil, fmt.Errorf("the configuration that was in force, %s, is damaged: %w", path, err)
+	}
+	c, err := config.Parse(path, []byte(text))
+	if err != nil {
+		return nil, fmt.Errorf("the configuration that was in force, %s, cannot be used: %w", path, err)
+	}
+	return c, nil
+}
+
+// keepConfig writes the configuration down that is in force, run-time changes
+// left out. The caller holds m.op.
+func (m *Module) keepConfig() {
+	if m.keep.dir == "" {
+		return
+	}
+	text, err := m.op.file.Dump()
+	var b []byte
+	if err == nil {
+		b, err = seal(string(text))
+	}
+	if err == nil {
+		err = replaceFile(filepath.Join(m.keep.dir, "config"), b)
+	}
+	if err != nil {
+		m.log.Warn("the configuration is not kept: after a death the files count", "error", err)
+	}
 }
 
 // keepSnapshot writes down what a plugin said last, so that a successor chooses

@@ -57,6 +57,10 @@ type Options struct {
 	// Layers names the configuration's files, so that the module can read them
 	// again: when they change, and when an operator asks. nil: never.
 	Layers func() config.LoadOptions
+	// Aside says what does not count that should, because this instance goes on
+	// in place of one that died: the files, which are wrong, or the configuration
+	// that was in force. Empty: nothing.
+	Aside string
 	// Applied is called after every change of the configuration in force, by
 	// one goroutine at a time.
 	Applied func(*config.Config)
@@ -358,9 +362,15 @@ func (m *Module) Run(ctx context.Context) (err error) {
 		threads.Wait()
 		return nil
 	})
+	m.op.Lock()
+	m.keepConfig()
+	m.op.Unlock()
 	m.setState(control.Ready)
 	close(m.serving)
 	m.events.Add(control.Event{Name: control.EventReady, Text: "the instance serves"})
+	if m.opt.Aside != "" {
+		m.event(control.Event{Name: control.EventReloadRefused, Level: control.LevelError, Text: "a predecessor died, and this instance goes on: " + m.opt.Aside})
+	}
 	m.log.Info("serving", "version", m.opt.Version, "farms", len(m.config().Farms), "shards", len(m.shards)-2, "native_queue", kernel.NativeQueue, "owned_table", m.ownership(kernel).Owner)
 	if m.opt.Ready != nil {
 		m.opt.Ready()

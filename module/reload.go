@@ -82,6 +82,7 @@ func (m *Module) reload(ctx context.Context, cfg *config.Config) (res reloaded, 
 		}
 	}
 	m.op.file = file
+	m.keepConfig()
 	for _, n := range notes {
 		m.event(control.Event{Name: control.EventOverrideDropped, Text: n})
 	}

@@ -224,7 +224,7 @@ func seconds(ci, soak int) time.Duration {
 func TestLoadKilled(t *testing.T) {
 	r := newRig(t, lab.FarmOptions{Clients: 1, Servers: 2})
 	r.start(loaded)
-	l := r.load(15, 10)
+	l := r.load(24, 10)
 	pid, opened := r.serving(), r.opened()
 	var drops [2]uint64
 	r.each(func(q divert.KernelStats) { drops[0] += q.DroppedQueueFull + q.DroppedUser })

@@ -96,8 +96,8 @@ func (r *rig) systemd(c lab.ConfigOptions) *systemd {
 	if _, err := os.Stat(manager); err != nil {
 		require.Missing(t, "systemd", err.Error())
 	}
-	unshare, nsenter := require.Tool(t, "unshare"), require.Tool(t, "nsenter")
-	_ = nsenter
+	unshare := require.Tool(t, "unshare")
+	require.Tool(t, "nsenter")
 	typ, groups := cgroups(t)
 	dir, err := r.Lab.Subdir("systemd")
 	r.must(err)

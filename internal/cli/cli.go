@@ -40,6 +40,10 @@ type Hooks struct {
 	// is removed. The code is the program's exit code where err is nil.
 	Run func(ctx context.Context, in Instance) (code int, err error)
 
+	// LastConfig is the configuration that counts in place of the files, because
+	// this process goes on for one that died; nil for none.
+	LastConfig func() (*config.Config, error)
+
 	// Upgrade has a supervised instance of the configuration go over to another
 	// executable, "" for the one at the path that it was started from, and says
 	// what happens.
@@ -108,6 +112,9 @@ type Instance struct {
 	Reread func() config.LoadOptions
 	// Relog has Log follow another configuration.
 	Relog func(config.Log)
+	// Aside says why the files, or the configuration of LastConfig, do not count,
+	// where they should.
+	Aside string
 }
 
 // codeError is an error with the exit code that it stands for. Errors without

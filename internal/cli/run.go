@@ -27,6 +27,19 @@ func (a *app) runCommand() *cobra.Command {
 				return fmt.Errorf("--hang-timeout %v: at least %v", hang, shortestHang)
 			}
 			cfg, layers, err := a.load()
+			var aside string // why something does not count that should
+			if a.hooks.LastConfig != nil {
+				last, lerr := a.hooks.LastConfig()
+				switch {
+				case lerr != nil:
+					aside = lerr.Error()
+				case last != nil:
+					if err != nil {
+						aside = err.Error()
+					}
+					cfg, err = last, nil
+				}
+			}
 			if err != nil {
 				return err
 			}
@@ -38,7 +51,7 @@ func (a *app) runCommand() *cobra.Command {
 					again, _ := a.layers() // The flags are right: they were read before.
 					return again
 				},
-				Relog: relog,
+				Relog: relog, Aside: aside,
 			})
 			if err == nil && code != ExitOK {
 				return &codeError{code: code}

@@ -30,7 +30,7 @@ import (
 
 // All are the hooks of the weir command.
 func All() cli.Hooks {
-	return cli.Hooks{Run: run, Upgrade: upgrade, Doctor: examine, Replay: replayCapture, Demo: show, DemoServer: demo.Serve, Cleanup: cleanup, CheckPlugins: checkPlugins, Explain: explainOffline, RunPlugin: runPlugin}
+	return cli.Hooks{Run: run, LastConfig: lastConfig, Upgrade: upgrade, Doctor: examine, Replay: replayCapture, Demo: show, DemoServer: demo.Serve, Cleanup: cleanup, CheckPlugins: checkPlugins, Explain: explainOffline, RunPlugin: runPlugin}
 }
 
 func run(ctx context.Context, in cli.Instance) (int, error) {
@@ -47,7 +47,7 @@ func runEngine(ctx context.Context, in cli.Instance) error {
 	}
 	boss := findSupervisor()
 	opt := module.Options{
-		Log: in.Log, Version: in.Version, Layers: in.Reread,
+		Log: in.Log, Version: in.Version, Layers: in.Reread, Aside: in.Aside,
 		Applied: func(c *config.Config) { in.Relog(c.Log) },
 		Ready:   func() { boss.ready(in.Log, "serving") },
 	}

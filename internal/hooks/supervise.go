@@ -12,6 +12,7 @@ import (
 
 	"github.com/weirgate/weir/internal/cli"
 	"github.com/weirgate/weir/internal/supervise"
+	"github.com/weirgate/weir/module"
 	"github.com/weirgate/weir/module/config"
 )
 
@@ -23,10 +24,25 @@ func runSupervisor(ctx context.Context, in cli.Instance) (int, error) {
 	return supervise.Run(ctx, supervise.Options{
 		Log: in.Log, Dir: in.Config.RuntimeDir, Hang: in.HangTimeout,
 		Args: os.Args[1:], Cleanup: append([]string{"cleanup"}, in.ConfigArgs...),
-		Env: env, ChildEnv: withoutManager(env),
+		Env: env, ChildEnv: withoutManager(env), Last: module.LastConfigPath(in.Config.RuntimeDir),
 		Notify:   func(state string) { boss.tell(in.Log, state) },
 		Watchdog: boss.watchdog,
 	})
+}
+
+// lastConfig is the configuration that this process starts with in place of
+// what the files say: the one that was in force when the engine died whose
+// successor it is. nil: the files count.
+func lastConfig() (*config.Config, error) {
+	path := supervise.Last()
+	if path == "" {
+		return nil, nil
+	}
+	c, err := module.LastConfig(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil // It died before it had one.
+	}
+	return c, err
 }
 
 // withoutManager is an environment in which nobody but this process is the

@@ -131,8 +131,11 @@ func (s *supervisor) spawn(bin *binary, prepare bool) (*child, error) {
 	}
 	env := append(slices.Clone(s.opt.ChildEnv), envFD+"=3", envHeld+"="+strings.Join(held, ","),
 		envHang+"="+strconv.FormatInt(s.opt.Hang.Milliseconds(), 10))
-	if prepare {
+	switch {
+	case prepare:
 		env = append(env, envPrepare+"=1")
+	case s.served && s.last && s.opt.Last != "":
+		env = append(env, envLast+"="+s.opt.Last)
 	}
 	// Not os.StartProcess: an os.File would put a queue's socket into the
 	// network poller, and wake this process for each packet.

@@ -44,6 +44,7 @@ const (
 	envHeld    = EnvPrefix + "HELD"    // name:descriptor, separated by commas
 	envHang    = EnvPrefix + "HANG"    // milliseconds of silence after which it is killed
 	envPrepare = EnvPrefix + "PREPARE" // 1: a predecessor lives; prepare and wait
+	envLast    = EnvPrefix + "LAST"    // path of what its predecessor was configured with
 	envState   = EnvPrefix + "STATE"   // of a parent that replaced its executable
 )
 
@@ -68,6 +69,15 @@ type Link struct {
 // Supervised tells whether this process is a child, without taking anything
 // out of the environment.
 func Supervised() bool { return os.Getenv(envFD) != "" }
+
+// Last is the path of the configuration that a predecessor left which died, for
+// a child that goes on in its place; else empty. It counts before Find.
+func Last() string {
+	if !Supervised() {
+		return ""
+	}
+	return os.Getenv(envLast)
+}
 
 // Find reads what the parent put into the environment and takes it out. It is
 // called once, before anything is started. The result is nil if this process is
@@ -94,7 +104,7 @@ func Find() (*Link, error) {
 			fds = append(fds, fd)
 		}
 	}
-	for _, name := range []string{envFD, envHeld, envHang, envPrepare, envState} {
+	for _, name := range []string{envFD, envHeld, envHang, envPrepare, envLast, envState} {
 		_ = os.Unsetenv(name) // It fails only for a name that cannot be one.
 	}
 	if err != nil {

@@ -44,6 +44,10 @@ type Options struct {
 	// Args are the arguments of a child, Cleanup those that have the
 	// executable remove what a killed child left.
 	Args, Cleanup []string
+	// Last is where an engine leaves the configuration that is in force. One
+	// that is started in place of another that died is told, so that a death
+	// changes nothing; but not after one that died before it served.
+	Last string
 	// Env is the environment of this process, for when it replaces its own
 	// executable; ChildEnv that of children.
 	Env, ChildEnv []string
@@ -80,6 +84,7 @@ type supervisor struct {
 	retry <-chan time.Time // not nil: no start before
 
 	served   bool // a child has been ready
+	last     bool // the next start is told of opt.Last
 	stopping bool
 	told     bool            // the former executable was told to stop
 	ctx      context.Context // of Run
@@ -101,7 +106,7 @@ func Run(ctx context.Context, opt Options) (code int, err error) {
 		opt.StartLimit = startLimit
 	}
 	s := &supervisor{
-		opt: opt, log: opt.Log, ctx: ctx, lock: -1, held: map[string]int{},
+		opt: opt, log: opt.Log, ctx: ctx, lock: -1, last: true, held: map[string]int{},
 		said: make(chan message), calls: make(chan *caller),
 	}
 	s.signals = make(chan os.Signal, 8)
@@ -419,6 +424,8 @@ func (s *supervisor) ended(c *child, m message) (code int, over bool) {
 	}
 	s.deaths++
 	s.log.Error("the engine died and is started again", "pid", c.proc.Pid, "end", how)
+	// Where that does not help, the configuration's files are tried, in turns.
+	s.last = c.ready || !s.last
 	if c.ready && time.Since(c.readyAt) > quickDeath {
 		s.quick = 0
 	} else {
