@@ -197,7 +197,13 @@ func replaceFile(path string, b []byte) error {
 	if err := os.WriteFile(path+".new", b, 0o600); err != nil {
 		return fmt.Errorf("runtime_dir: %w", err)
 	}
-	if err := os.Rename(path+".new", path); err != nil {
+	err := os.Rename(path+".new", path)
+	if st, serr := os.Lstat(path); err != nil && serr == nil && st.IsDir() {
+		// Nothing of ours is a directory.
+		_ = os.RemoveAll(path)
+		err = os.Rename(path+".new", path)
+	}
+	if err != nil {
 		return fmt.Errorf("runtime_dir: %w", err)
 	}
 	return nil
@@ -344,7 +350,7 @@ func LastConfigPath(runtimeDir string) string { return filepath.Join(runtimeDir,
 func LastConfig(path string) (*config.Config, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
-		return nil, fmt.Errorf("the configuration that was in force: %w", err)
+		return nil, fmt.Errorf("the configuration that was in force cannot be used: %w", err)
 	}
 	var text string
 	if err := unseal(b, &text); err != nil {

@@ -128,10 +128,17 @@ func (r *rig) engine() int {
 // serving waits for an engine and returns its process.
 func (r *rig) serving() (pid int) {
 	r.t.Helper()
-	r.until("an engine that serves", func() bool { pid = r.engine(); return pid != 0 })
+	pid = r.running()
 	if pid == r.w.Proc.Pid() {
 		r.t.Fatalf("process %d supervises and serves", pid)
 	}
+	return pid
+}
+
+// running waits for an engine, supervised or not.
+func (r *rig) running() (pid int) {
+	r.t.Helper()
+	r.until("an engine that serves", func() bool { pid = r.engine(); return pid != 0 })
 	return pid
 }
 
@@ -148,6 +155,9 @@ func (r *rig) successor(old int) (pid int) {
 // signal sends a signal to a process of weir.
 func (r *rig) signal(pid int, sig syscall.Signal) {
 	r.t.Helper()
+	if pid <= 1 {
+		r.t.Fatalf("there is no process %d to get a signal", pid) // 0 is this group
+	}
 	r.must(syscall.Kill(pid, sig))
 }
 
