@@ -5,13 +5,13 @@ package nft
 import (
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // Kernel is what the running kernel can do for us. The zero value can do
@@ -52,7 +52,8 @@ func (e *MissingError) Is(target error) bool { return target == ErrMissingFeatur
 
 // Probe asks the kernel of the calling thread's network namespace what it can
 // do, in one transaction that the kernel checks and then gives up: nothing is
-// ever installed, no event is seen by anybody. The kernel may load modules for
+// ever installed, no event is seen by anybody, and where our rules stand nothing
+// that waits in a queue is dropped. The kernel may load modules for
 // it. The error tells missing privileges (ErrPermission), a kernel without
 // nftables (ErrNoNftables), without a queue (ErrNoQueue) or without another
 // necessary feature (ErrMissingFeature) apart; the Kernel is valid with the
@@ -79,12 +80,21 @@ func Probe() (Kernel, error) {
 		}
 		return len(ask[name]) > 0
 	}
+	// The kernel knows the expression if all it minds is what it says.
+	knows := func(name string) bool {
+		for _, i := range ask[name] {
+			if res[i] == nil || res[i].Err != unix.EINVAL {
+				return false
+			}
+		}
+		return len(ask[name]) > 0
+	}
 	_, ip6err := os.Stat("/proc/sys/net/ipv6")
 	k := Kernel{
 		NativeQueue: can("queue"), CompatQueue: can("NFQUEUE"),
 		Owner: can("owner"), Destroy: can("destroy"),
-		TProxy4: can("tproxy ip"), TProxy6: can("tproxy ip6"), Ct: can("ct"),
-		IPv6: ip6err == nil, NAT: can("nat"),
+		TProxy4: can("tproxy ip"), TProxy6: can("tproxy ip6"), Ct: knows("ct"),
+		IPv6: ip6err == nil, NAT: can("nat chain") && knows("nat"),
 	}
 	if !can("table") {
 		return k, fmt.Errorf("nft: %w: tables of family inet: load the module nf_tables_inet", ErrNoNftables)
@@ -166,10 +176,13 @@ func probeBatch() (*batch, map[string][]int, error) {
 	rule("set", pre, family6.concatIn(true, "s").exprs...)
 	rule("tproxy ip", never, family4.tproxyTo(1).exprs...)
 	rule("tproxy ip6", never, family6.tproxyTo(1).exprs...)
-	rule("ct", never, ctInvalid().exprs...)
+	// An expression of these that were made would start connection tracking,
+	// and end it, with hooks that go. So they are made wrongly: a kernel without
+	// them says ENOENT before it sees what is wrong.
+	rule("ct", never, &expr.Ct{Key: expr.CtKeySTATE, Register: unix.NFT_REG_VERDICT}) // a value into the verdict
 	nat := e.conn.AddChain(e.chain(&Chain{Name: "nat", NAT: true, Hook: "prerouting", Priority: priorityDNAT}))
-	step("nat", 1)
-	rule("nat", nat, family4.dnat(netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, 1}), 1)).exprs...)
+	step("nat chain", 1)
+	rule("nat", nat, &expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4}) // to nowhere
 
 	b, err := e.batch()
 	if err != nil {
@@ -178,6 +191,13 @@ func probeBatch() (*batch, map[string][]int, error) {
 	b.messages[0].Header.Type = nftType(msgDestroyTable)
 	b.messages[1].Header.Flags |= netlink.Create
 	if err := setTableFlags(&b.messages[1], table+"_owned", tableOwner|tablePersist); err != nil {
+		return nil, nil, err
+	}
+	// A hook that goes, even with a transaction that is given up, drops all that
+	// waits in the queues of this network namespace, such as what a dead engine
+	// has left (nf_unregister_net_hook). A dormant table has no hooks; its chains
+	// and rules are checked all the same.
+	if err := setTableFlags(&b.messages[2], table, tableDormant); err != nil {
 		return nil, nil, err
 	}
 	return b, ask, nil

@@ -16,6 +16,7 @@ import (
 // Message types and flags that google/nftables 0.3.0 does not know.
 const (
 	msgDestroyTable = 26  // NFT_MSG_DESTROYTABLE, Linux 6.3
+	tableDormant    = 0x1 // NFT_TABLE_F_DORMANT
 	tableOwner      = 0x2 // NFT_TABLE_F_OWNER, Linux 5.12
 	tablePersist    = 0x4 // NFT_TABLE_F_PERSIST, Linux 6.9
 
