@@ -205,6 +205,19 @@ func TestPathMTU(t *testing.T) {
 	icmp(sent, 1000)
 	g.expect("cut", g.server(s1, 10240, seg{fl: ack, seq: 3300, ack: 2050, data: r[2800:4200]}),
 		"C1 DATA:11801,151(960)", "C1 DATA:12761,151(440)")
+	// Options count, though the sender does not leave room for them.
+	blocks := packet.AppendSACKOption(nil, packet.SACKBlock{Left: 2060, Right: 2070})
+	for _, n := range []int{960 - len(blocks), 950, 960} {
+		g.server(s1, 10240, seg{fl: ack, seq: 3300, ack: 2050, opts: blocks, data: r[2800 : 2800+n]})
+		for i := range g.out.Len() {
+			if size := len(g.out.Packet(i)); size > 1000 {
+				t.Errorf("%d bytes with options: a packet of %d bytes on a way of 1000", n, size)
+			}
+		}
+		if size := len(g.last); g.out.Len() == 0 && size > 1000 {
+			t.Errorf("%d bytes with options: passed on as %d bytes", n, size)
+		}
+	}
 	// Toward the server: the client is told, in its own numbers.
 	about := g.raw(ep2(10240), s1, seg{fl: ack, seq: 2000, ack: 500})
 	g.client(c1, seg{fl: ack, seq: seq + 50, ack: a + 1400})

@@ -189,7 +189,7 @@ func (e *Engine) clientSpliced(r splice.Ref, c *splice.Client, p *packet.TCP, ev
 			e.probeWindow(c, s, v, c.Epoch.SeqToServer(seq))
 			break
 		}
-		if !whole || n > int(v.MSS) && (!ev.GSO || e.narrowServer(v)) {
+		if !whole || tooLong(p, ev, n, v.MSS, e.narrowServer(v)) {
 			e.partToServer(r, c, s, v, body, c.Epoch.SeqToServer(seq))
 		} else {
 			e.forwardToServer(r, c, s, v, p, ev, repeated)
@@ -233,6 +233,18 @@ func (e *Engine) looping(c *splice.Client, p *packet.TCP, side uint8) bool {
 // the way to the server: the kernel would cut a super-packet to their size.
 func (e *Engine) narrowServer(v *splice.Server) bool {
 	return v.MSS < min(e.opt.Handshake.MSS4, e.opt.Handshake.MSS6)
+}
+
+// tooLong says whether p with n bytes of data has to be cut for a receiver, or a
+// way to it, that takes mss bytes. narrow: that is less than what the sender was
+// offered. A sender has to leave room for its options (RFC 6691 section 2); where
+// the offer counts there is room for them anyway, and on a narrow way no ICMP
+// error could make one leave it that does not.
+func tooLong(p *packet.TCP, ev *Event, n int, mss uint16, narrow bool) bool {
+	if narrow {
+		return n > 0 && n+len(p.Options()) > int(mss)
+	}
+	return n > int(mss) && !ev.GSO
 }
 
 // again is the server-side number from which bytes are sent again that the
@@ -783,7 +795,7 @@ func (e *Engine) forwardToClient(r splice.Ref, c *splice.Client, s splice.Ref, v
 		}
 		c.SndNxt = packet.MaxSeq(c.SndNxt, c.Epoch.SeqToClient(end))
 	}
-	if cut || len(b) > int(c.MSS) && (!ev.GSO || c.MSS < pool.Class(v.Class).MSS()) {
+	if cut || tooLong(p, ev, len(b), c.MSS, c.MSS < pool.Class(v.Class).MSS()) {
 		e.pieces(&w, b, int(c.MSS))
 		return
 	}

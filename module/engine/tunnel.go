@@ -94,7 +94,7 @@ func (e *Engine) tunnelToServer(r splice.Ref, c *splice.Client, s splice.Ref, v 
 		k := min(len(body), int(from.To(held)))
 		body, from, whole = body[k:], from.Add(packet.Size(k)), false
 	}
-	if whole && (n <= int(v.MSS) || ev.GSO && !e.narrowServer(v)) {
+	if whole && !tooLong(p, ev, n, v.MSS, e.narrowServer(v)) {
 		e.forwardToServer(r, c, s, v, p, ev, false)
 	} else {
 		e.partToServer(r, c, s, v, body, c.Epoch.SeqToServer(from))

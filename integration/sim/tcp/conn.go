@@ -108,6 +108,7 @@ type Conn struct {
 
 	iss, irs uint32
 	mss      int   // payload bytes per segment sent
+	narrow   bool  // the path has less room than the handshake said
 	snd, rcv uint8 // window shifts: the peer's and ours
 	scaleOK  bool
 	synced   bool

@@ -154,7 +154,7 @@ func (h *Host) TooBig(local, remote packet.Endpoint, seq uint32, mtu int, v6 boo
 	}
 	// Everything under way is sent again in smaller pieces (RFC 1191 section
 	// 6.4; Linux: tcp_simple_retransmit).
-	c.mss = mss
+	c.mss, c.narrow = mss, true
 	c.recovery, c.dups, c.again = false, 0, 0
 	c.recover = c.top
 	c.nxt = c.una

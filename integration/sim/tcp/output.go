@@ -311,7 +311,8 @@ func (c *Conn) alloc(n int) []byte {
 func (c *Conn) emit(fl packet.Flags, pos uint64, n int) {
 	var ob [40]byte
 	opts := ob[:0]
-	if c.sackOK && fl&packet.RST == 0 && (c.dsack.To != 0 || len(c.oooSet) > 0) {
+	// On a narrow path data leave no room for the blocks (RFC 6691 section 2).
+	if c.sackOK && fl&packet.RST == 0 && (c.dsack.To != 0 || len(c.oooSet) > 0) && !(c.narrow && n > 0) {
 		opts = c.sackOption(opts)
 	}
 	s := packet.Segment{
