@@ -169,8 +169,8 @@ func runFlame(ctx context.Context, args []string, w io.Writer) (err error) {
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
-	if os.Geteuid() != 0 {
-		return errors.New("it makes network namespaces, and needs root for that: sudo make bench BENCH=flame")
+	if err := asRoot(" BENCH=flame"); err != nil {
+		return err
 	}
 	perf, err := exec.LookPath("perf")
 	if err != nil {
@@ -180,10 +180,8 @@ func runFlame(ctx context.Context, args []string, w io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	if *realtime {
-		if err := first(); err != nil {
-			return err
-		}
+	if err := firstIf(*realtime); err != nil {
+		return err
 	}
 	r, err := newRig("")
 	if err != nil {

@@ -177,13 +177,11 @@ func runGC(ctx context.Context, args []string, w io.Writer) (err error) {
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
-	if os.Geteuid() != 0 {
-		return errors.New("it makes network namespaces, and needs root for that: sudo make bench BENCH=gc")
+	if err := asRoot(" BENCH=gc"); err != nil {
+		return err
 	}
-	if *realtime {
-		if err := first(); err != nil {
-			return err
-		}
+	if err := firstIf(*realtime); err != nil {
+		return err
 	}
 	r, err := newRig("")
 	if err != nil {

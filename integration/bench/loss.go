@@ -41,8 +41,8 @@ func runLoss(ctx context.Context, args []string, w io.Writer) (err error) {
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
-	if os.Geteuid() != 0 {
-		return errors.New("it makes network namespaces, and needs root for that: sudo make bench BENCH=loss")
+	if err := asRoot(" BENCH=loss"); err != nil {
+		return err
 	}
 	if *realtime {
 		// These programs need little time, but at once: a wire or an engine that

@@ -101,8 +101,8 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 		fs.Usage()
 		return flag.ErrHelp
 	}
-	if os.Geteuid() != 0 {
-		return errors.New("it makes network namespaces, and needs root for that: sudo make bench")
+	if err := asRoot(""); err != nil {
+		return err
 	}
 	var err error
 	if o.weir, err = filepath.Abs(o.weir); err != nil {
@@ -175,6 +175,22 @@ func openFiles() error {
 		return fmt.Errorf("room for %d open files: %w (ulimit -Hn says how many there may be)", files, err)
 	}
 	return nil
+}
+
+// asRoot refuses everybody else; args is what stands behind make bench.
+func asRoot(args string) error {
+	if os.Geteuid() == 0 {
+		return nil
+	}
+	return errors.New("it makes network namespaces, and needs root for that: sudo make bench" + args)
+}
+
+// firstIf is first where it is wanted.
+func firstIf(wanted bool) error {
+	if !wanted {
+		return nil
+	}
+	return first()
 }
 
 // first gives this program, and so all that it starts, real-time priority: it

@@ -78,13 +78,11 @@ func runStart(ctx context.Context, args []string, w io.Writer) (err error) {
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
-	if os.Geteuid() != 0 {
-		return errors.New("it makes network namespaces, and needs root for that: sudo make bench BENCH=start")
+	if err := asRoot(" BENCH=start"); err != nil {
+		return err
 	}
-	if *realtime {
-		if err := first(); err != nil {
-			return err
-		}
+	if err := firstIf(*realtime); err != nil {
+		return err
 	}
 	bin, err := filepath.Abs(*weir)
 	if err != nil {
