@@ -7,13 +7,16 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/weirgate/weir/module/config"
 	"github.com/weirgate/weir/module/control"
 	"github.com/weirgate/weir/module/farm"
+	"github.com/weirgate/weir/module/flowstore"
 	"github.com/weirgate/weir/module/packet"
 	"github.com/weirgate/weir/module/splice"
+	"github.com/weirgate/weir/nft"
 	"github.com/weirgate/weir/policies/snapshot"
 )
 
@@ -81,6 +84,139 @@ func (d *drains) with(now, next *config.Config, db *farm.DB, at time.Time) drain
 		}
 	}
 	return out
+}
+
+// addTo adds what drains to the parameters of the ruleset.
+func (d *drains) addTo(p *nft.Params) {
+	for v := range d.vips {
+		if !slices.Contains(p.VIPs, v) {
+			p.VIPs = append(p.VIPs, v)
+		}
+	}
+	for _, s := range d.servers {
+		if !slices.Contains(p.Servers, s.addr) {
+			p.Servers = append(p.Servers, s.addr)
+		}
+	}
+}
+
+// keptDrain is until when a server or a VIP drains, in the file "instance".
+type keptDrain struct {
+	Server uint16         `json:"server,omitempty"` // farm.Server.ID
+	VIP    netip.AddrPort `json:"vip,omitzero"`
+	Until  int64          `json:"until"` // flowstore.HostTime
+}
+
+// noteDrains has the next remember write down until when all that drains does.
+func (m *Module) noteDrains(d *drains) {
+	list := d.kept(time.Now(), flowstore.HostTime())
+	m.keep.Lock()
+	defer m.keep.Unlock()
+	m.keep.state.Drains = list
+}
+
+// kept is what a successor is told; now and host are the same instant.
+func (d *drains) kept(now time.Time, host int64) (list []keptDrain) {
+	for id, s := range d.servers {
+		list = append(list, keptDrain{Server: id, Until: host + int64(s.until.Sub(now))})
+	}
+	for v, dv := range d.vips {
+		list = append(list, keptDrain{VIP: v, Until: host + int64(dv.until.Sub(now))})
+	}
+	return list
+}
+
+// unknownDrain is how long what was taken out of the configuration drains where
+// nobody knows its timeouts.drain any more: that key's default.
+const unknownDrain = 60 * time.Second
+
+// recallDrains goes on with what drained when a predecessor died, and begins
+// with what is gone from the configuration since: servers and VIPs that nobody
+// would know any more, but for the connections that were taken over. It adds
+// them to the parameters of the ruleset, and forgets servers that have none.
+func (m *Module) recallDrains(params *nft.Params) {
+	m.op.Lock()
+	defer m.op.Unlock()
+	found := m.db.Load()
+	db := found.Forget(func(s *farm.Server) bool { return s.Stats.Open.Load() == 0 })
+	m.db.Store(db)
+	d := drains{servers: map[uint16]drainingServer{}, vips: map[netip.AddrPort]drainingVIP{}}
+	for _, s := range db.Draining {
+		d.servers[s.ID] = drainingServer{farm: s.Farm.Name, name: s.Name, addr: s.Endpoint.AddrPort()}
+	}
+	for _, s := range m.shards {
+		if s.engine == nil {
+			continue
+		}
+		for vip, id := range s.engine.TakenVIPs() {
+			v := vip.AddrPort()
+			if slices.Contains(params.VIPs, v) {
+				continue
+			}
+			dv := drainingVIP{}
+			if f := db.FarmByID(id); f != nil {
+				dv.farm = f.Name
+			}
+			d.vips[v] = dv
+		}
+	}
+	d.recall(m.keep.state.Drains, m.config(), time.Now(), flowstore.HostTime())
+	for v := range d.vips {
+		// It may be another thing by now, such as a source address.
+		with := *params
+		with.VIPs = append(slices.Clip(with.VIPs), v)
+		if err := with.Validate(); err != nil {
+			m.log.Warn("connections through a VIP that is gone from the configuration cannot go on", "vip", v, "error", err)
+			delete(d.vips, v)
+		}
+	}
+	if !d.empty() {
+		m.log.Info("what is gone from the configuration goes on draining", "servers", len(d.servers), "vips", len(d.vips))
+	}
+	d.addTo(params)
+	m.op.drains = d
+	m.tellLeaving()
+	if d.empty() && db == found && len(m.keep.state.Drains) == 0 {
+		return
+	}
+	m.noteDrains(&d)
+	if err := m.remember(db); err != nil {
+		m.log.Warn("what a successor needs cannot be written", "error", err)
+	}
+}
+
+// recall sets until when everything drains: as a predecessor said, else as the
+// configuration says from now on. now and host are the same instant.
+func (d *drains) recall(list []keptDrain, c *config.Config, now time.Time, host int64) {
+	servers, vips := map[uint16]time.Time{}, map[netip.AddrPort]time.Time{}
+	for _, x := range list {
+		until := now.Add(time.Duration(x.Until - host))
+		if x.Server != 0 {
+			servers[x.Server] = until
+		} else {
+			vips[x.VIP] = until
+		}
+	}
+	fresh := func(farm string) time.Time {
+		if f := c.Farm(farm); f != nil {
+			return now.Add(f.Timeouts.Drain.Std())
+		}
+		return now.Add(unknownDrain)
+	}
+	for id, s := range d.servers {
+		var known bool
+		if s.until, known = servers[id]; !known {
+			s.until = fresh(s.farm)
+		}
+		d.servers[id] = s
+	}
+	for v, dv := range d.vips {
+		var known bool
+		if dv.until, known = vips[v]; !known {
+			dv.until = fresh(dv.farm)
+		}
+		d.vips[v] = dv
+	}
 }
 
 // tellLeaving tells the thread of the SYNs which VIPs drain. The caller holds
@@ -179,6 +315,10 @@ func (m *Module) drainNow(ctx context.Context) {
 		}
 	}
 	if gone {
+		m.noteDrains(d)
+		if err := m.remember(m.db.Load()); err != nil {
+			m.log.Warn("what a successor needs cannot be written", "error", err)
+		}
 		m.shrinkRules(ctx)
 	}
 }

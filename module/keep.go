@@ -54,6 +54,7 @@ type kept struct {
 	Secret  string       `json:"secret"` // of the cookies
 	Shards  int          `json:"shards"`
 	Numbers farm.Numbers `json:"numbers"`
+	Drains  []keptDrain  `json:"drains,omitempty"`
 }
 
 const keptVersion = 1

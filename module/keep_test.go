@@ -8,7 +8,9 @@ import (
 	"os"
 	"strconv"
 	"testing"
+	"time"
 
+	"github.com/weirgate/weir/module/config"
 	"github.com/weirgate/weir/module/farm"
 )
 
@@ -57,6 +59,50 @@ func TestSealed(t *testing.T) {
 	for n := range len(good) {
 		if unseal(good[:n], &now) == nil {
 			t.Errorf("%d bytes of %d are believed", n, len(good))
+		}
+	}
+}
+
+// TestDrainsKept: what drains has until its instant, whoever serves by then, and
+// what nobody gave one has the time that the configuration gives it.
+func TestDrainsKept(t *testing.T) {
+	now := time.Now()
+	vip, other := netip.MustParseAddrPort("203.0.113.10:80"), netip.MustParseAddrPort("[2001:db8::1]:80")
+	was := drains{
+		servers: map[uint16]drainingServer{7: {farm: "web", name: "s7", until: now.Add(40 * time.Second)}},
+		vips:    map[netip.AddrPort]drainingVIP{vip: {farm: "web", until: now.Add(50 * time.Second)}},
+	}
+	const host = int64(1e12)
+	b, err := seal(&kept{Drains: was.kept(now, host)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var state kept
+	if err := unseal(b, &state); err != nil || len(state.Drains) != 2 {
+		t.Fatalf("%+v, %v", state, err)
+	}
+	web := config.Farm{Name: "web"}
+	web.Timeouts.Drain = config.Duration(5 * time.Minute)
+	c := &config.Config{Farms: []config.Farm{web}}
+	next := drains{
+		servers: map[uint16]drainingServer{7: {farm: "web", name: "s7"}, 8: {farm: "web", name: "s8"}, 9: {farm: "gone", name: "s9"}},
+		vips:    map[netip.AddrPort]drainingVIP{vip: {farm: "web"}, other: {farm: "gone"}},
+	}
+	// 15 seconds later, by another process' clock.
+	later := now.Add(-time.Hour)
+	next.recall(state.Drains, c, later, host+15e9)
+	for what, x := range map[string]struct {
+		until time.Time
+		want  time.Duration
+	}{
+		"server 7":     {next.servers[7].until, 25 * time.Second},
+		"server 8":     {next.servers[8].until, 5 * time.Minute},
+		"server 9":     {next.servers[9].until, unknownDrain},
+		"the VIP":      {next.vips[vip].until, 35 * time.Second},
+		"an other VIP": {next.vips[other].until, unknownDrain},
+	} {
+		if left := x.until.Sub(later); left != x.want {
+			t.Errorf("%s has %v left, want %v", what, left, x.want)
 		}
 	}
 }

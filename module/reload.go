@@ -254,7 +254,9 @@ func (m *Module) apply(ctx context.Context, next *config.Config, overrides []con
 		m.restorePlugins(now)
 		return err
 	}
+	m.noteDrains(&drains)
 	if err := m.swap(next, overrides); err != nil {
+		m.noteDrains(&m.op.drains)
 		m.restorePlugins(now)
 		old := m.op.params
 		return errors.Join(err, m.onThread(ctx, func() error { return m.changeRules(&old) }))
@@ -322,16 +324,7 @@ func (m *Module) changeRules(params *nft.Params) error {
 func (m *Module) paramsFor(c *config.Config, d *drains) nft.Params {
 	p := firewallParams(c, m.op.params.Shards)
 	p.ExceptPorts, p.StrictRPFilter = m.op.params.ExceptPorts, m.op.params.StrictRPFilter
-	for v := range d.vips {
-		if !slices.Contains(p.VIPs, v) {
-			p.VIPs = append(p.VIPs, v)
-		}
-	}
-	for _, s := range d.servers {
-		if !slices.Contains(p.Servers, s.addr) {
-			p.Servers = append(p.Servers, s.addr)
-		}
-	}
+	d.addTo(&p)
 	return p
 }
 

@@ -120,7 +120,7 @@ func (s *shard) run() error {
 		}
 	}()
 	batch := make([]divert.Packet, batchSize)
-	db := s.m.db.Load()
+	var db *farm.DB // another one than the engine was made with, maybe
 	stopping := false
 	for !s.done.Load() {
 		n, err := s.queue.Receive(batch, s.patience())

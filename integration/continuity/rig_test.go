@@ -96,8 +96,15 @@ func (r *rig) start(c lab.ConfigOptions, args ...string) {
 func (r *rig) launch(c lab.ConfigOptions, args ...string) {
 	r.t.Helper()
 	c.Dir = r.run
+	r.launchText(r.Config(c), args...)
+}
+
+// launchText is launch with a configuration that has the run-time directory of
+// the rig and the socket in it.
+func (r *rig) launchText(config string, args ...string) {
+	r.t.Helper()
 	w, err := lab.StartWeir(within(r.t, 30*time.Second), r.Router, lab.WeirOptions{
-		Binary: r.bin, Config: r.Config(c), Dir: r.dir, Socket: c.Socket(), Args: args,
+		Binary: r.bin, Config: config, Dir: r.dir, Socket: lab.ConfigOptions{Dir: r.run}.Socket(), Args: args,
 	})
 	r.must(err)
 	r.w = w

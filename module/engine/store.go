@@ -66,6 +66,8 @@ type store struct {
 	ports   map[packet.Endpoint]bool // in use; while recovering
 	reflect func(table uint32, r splice.Ref)
 	resume  []resumption
+	vips    map[packet.Endpoint]uint16 // of clients that were taken over, see TakenVIPs
+	lastVIP packet.Endpoint            // that came last while recovering
 }
 
 // Open makes an engine whose state lives in mem. The caller calls Recover
@@ -298,28 +300,28 @@ func (s *store) intact(c *splice.Client, m *mirror) bool {
 	return (c.Held == 0 || sumOf(b) == c.HeldSum) && (c.Next == 0 || sumOf(next[:c.Next]) == c.NextSum)
 }
 
-// take gives out the side of a certain number, once.
+// take gives out the side of a certain number, once. When all are taken that
+// shall be, fill has to follow before the next get.
 func (s *sides) take(i uint32) bool {
-	if i == 0 {
+	if n := int(i) + 1 - len(s.list); n > 0 {
+		s.list = append(s.list, make([]*side, n)...)
+	}
+	if i == 0 || s.list[i] != nil {
 		return false
 	}
-	for uint32(len(s.list)) <= i {
-		if n := uint32(len(s.list)); n == 0 {
-			s.list = append(s.list, nil)
-		} else {
-			s.list = append(s.list, &side{})
-			s.free = append(s.free, n)
+	s.list[i] = &side{}
+	s.used++
+	return true
+}
+
+// fill makes the sides whose numbers nobody took.
+func (s *sides) fill() {
+	for i := 1; i < len(s.list); i++ {
+		if s.list[i] == nil {
+			s.list[i] = &side{}
+			s.free = append(s.free, uint32(i))
 		}
 	}
-	for k, n := range s.free {
-		if n == i {
-			s.free[k] = s.free[len(s.free)-1]
-			s.free = s.free[:len(s.free)-1]
-			s.used++
-			return true
-		}
-	}
-	return false
 }
 
 // keepPorts has the ports' quarantine outlive the process.

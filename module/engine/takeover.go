@@ -71,11 +71,13 @@ func (e *Engine) Recover(now int64) (t Takeover) {
 	}
 	e.match()
 	e.forgive()
+	s.vips = map[packet.Endpoint]uint16{}
 	e.clients.Range(func(r splice.Ref, _ *splice.Client) bool {
 		e.takeClient(r, e.clients.At(r))
 		e.commit()
 		return true
 	})
+	e.sides.fill()
 	e.takeServers(&t)
 	e.keepPorts()
 	s.ports = nil
@@ -88,6 +90,11 @@ func (e *Engine) Recover(now int64) (t Takeover) {
 	t.Clients, t.Servers, t.Idle = e.clients.Len(), e.servers.Len(), e.idle.Len()
 	return t
 }
+
+// TakenVIPs are the ends, on this side, of the clients' connections that Recover
+// took over, with the farm of one of the connections. The caller may keep the
+// map.
+func (e *Engine) TakenVIPs() map[packet.Endpoint]uint16 { return e.store.vips }
 
 // A connection that an engine died of this often is not taken over again: it
 // would only kill the next one. Deaths that lie further apart do not add up.
@@ -245,6 +252,9 @@ func (e *Engine) owns(c *splice.Client, s splice.Ref) bool {
 // done about it.
 func (e *Engine) takeClient(r splice.Ref, c *splice.Client) {
 	c.Flags &^= splice.ClientCounted
+	if vip := e.clients.Key(r).Dst; len(e.store.vips) == 0 || vip != e.store.lastVIP {
+		e.store.vips[vip], e.store.lastVIP = c.Farm, vip
+	}
 	if f := e.db.FarmByID(c.Farm); f != nil {
 		f.Stats.Clients.Add(1)
 		// What is established is not refused, whatever the limits are now.

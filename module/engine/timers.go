@@ -18,14 +18,11 @@ func (e *Engine) sweepTimer() uint32              { return uint32(e.opt.Clients+
 
 const never = int64(math.MaxInt64)
 
-// defaultTimeouts serve a connection whose farm is forgotten.
-var defaultTimeouts = farm.Timeouts{Connect: 5 * second, Head: 15 * second, Idle: 60 * second, Response: 60 * second}
-
 func (e *Engine) timeouts(farmID uint16) *farm.Timeouts {
 	if f := e.db.FarmByID(farmID); f != nil {
 		return &f.Timeouts
 	}
-	return &defaultTimeouts
+	return &farm.DefaultTimeouts
 }
 
 // clientDeadline is when the client's timer must fire at the latest.

@@ -210,6 +210,14 @@ type Timeouts struct {
 	Tunnel   int64 // silence of both sides of an upgraded connection; 0 means an hour
 }
 
+// DefaultTimeouts serve a connection of whose farm nothing is known any more.
+var DefaultTimeouts = Timeouts{Connect: 5e9, Head: 15e9, Idle: 60e9, Response: 60e9}
+
+// known reports whether all are there that must be.
+func (t *Timeouts) known() bool {
+	return min(t.Connect, t.Head, t.Idle, t.Response) > 0 && min(t.Body, t.Tunnel) >= 0
+}
+
 // Limits bounds what clients may send. A 0 is the engine's own limit, which
 // suits public servers.
 type Limits struct {

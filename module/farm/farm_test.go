@@ -3,11 +3,13 @@
 package farm
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -460,5 +462,59 @@ func TestPolicyStatsAndFields(t *testing.T) {
 	two := build(t, one, s)
 	if g := two.Farms[0]; g.StatsOf("b").Decided.Load() != 7 || g.StatsOf("a") != nil || g.StatsOf("c").Decided.Load() != 0 {
 		t.Error("the counters do not follow the name")
+	}
+}
+
+// TestRecall: a successor that has another Spec knows what the records of the
+// farms that are gone mean, and has their exchanges go on by the same terms.
+func TestRecall(t *testing.T) {
+	spec := FarmSpec{
+		Name: "gone", VIPs: []netip.AddrPort{ap("203.0.113.10:80")},
+		Servers:  []ServerSpec{{Name: "s1", Endpoint: ap("198.51.100.11:80")}},
+		Pool:     PoolLimits{DrainLimit: 77},
+		Timeouts: Timeouts{Connect: 1, Head: 2, Body: 3, Idle: 4, Response: 5, Tunnel: 6},
+		Limits:   Limits{Held: 88}, Forwarded: 1, RouteSafety: RouteSafetyPass,
+		ForwardedTrust: []netip.Prefix{netip.MustParsePrefix("198.18.0.0/16")},
+	}
+	snips := []netip.Addr{addr("198.51.100.1")}
+	db, err := Build(nil, Spec{SNIPs: snips, Farms: []FarmSpec{spec}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := json.Marshal(db.Numbers())
+	if err != nil {
+		t.Fatal(err)
+	}
+	recall := func(b []byte) *Farm {
+		t.Helper()
+		var n Numbers
+		if err := json.Unmarshal(b, &n); err != nil {
+			t.Fatal(err)
+		}
+		next, err := Build(Recall(n), Spec{SNIPs: snips})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s := next.Server(1); s == nil || !s.Removed() || s.Endpoint != db.Server(1).Endpoint || len(next.Draining) != 1 {
+			t.Fatalf("server 1 is %+v, %d drain", s, len(next.Draining))
+		}
+		return next.Server(1).Farm
+	}
+	was, now := db.Farms[0], recall(b)
+	if !now.Removed || now.Pool != was.Pool || now.Timeouts != was.Timeouts || now.Limits != was.Limits ||
+		now.Forwarded != was.Forwarded || now.RouteSafety != was.RouteSafety || !slices.Equal(now.ForwardedTrust, was.ForwardedTrust) {
+		t.Errorf("the farm was %+v, and is %+v", was, now)
+	}
+	// A program that left no terms must not have all of it end at once.
+	var plain map[string]any
+	if err := json.Unmarshal(b, &plain); err != nil {
+		t.Fatal(err)
+	}
+	delete(plain["farms"].([]any)[0].(map[string]any), "terms")
+	if b, err = json.Marshal(plain); err != nil {
+		t.Fatal(err)
+	}
+	if now := recall(b); now.Timeouts != DefaultTimeouts {
+		t.Errorf("without terms the timeouts are %+v", now.Timeouts)
 	}
 }

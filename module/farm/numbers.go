@@ -10,7 +10,8 @@ import (
 )
 
 // Numbers say which IDs stand for which farms and servers: what flow records
-// mean by them. A process leaves them to its successor.
+// mean by them. A process leaves them to its successor, with the terms that
+// exchanges of farms go by which the successor's Spec may not have.
 type Numbers struct {
 	Farms      []Numbered `json:"farms"`
 	NextFarm   uint16     `json:"next_farm"`
@@ -21,7 +22,18 @@ type Numbers struct {
 type Numbered struct {
 	ID      uint16           `json:"id"`
 	Name    string           `json:"name"`
+	Terms   Terms            `json:"terms"`
 	Servers []NumberedServer `json:"servers"`
+}
+
+// Terms are what exchanges that run go by, besides their servers.
+type Terms struct {
+	Pool           PoolLimits
+	Timeouts       Timeouts
+	Limits         Limits
+	Forwarded      ForwardedMode
+	ForwardedTrust []netip.Prefix `json:",omitempty"`
+	RouteSafety    RouteSafety
 }
 
 // NumberedServer is one server.
@@ -38,7 +50,9 @@ func (db *DB) Numbers() Numbers {
 	for _, f := range db.farms {
 		if f != nil {
 			at[f.ID] = len(n.Farms)
-			n.Farms = append(n.Farms, Numbered{ID: f.ID, Name: f.Name, Servers: []NumberedServer{}})
+			n.Farms = append(n.Farms, Numbered{ID: f.ID, Name: f.Name, Servers: []NumberedServer{}, Terms: Terms{
+				f.Pool, f.Timeouts, f.Limits, f.Forwarded, f.ForwardedTrust, f.RouteSafety,
+			}})
 		}
 	}
 	for _, s := range db.servers {
@@ -56,7 +70,8 @@ func (db *DB) Numbers() Numbers {
 
 // Recall makes the generation from which Build goes on with the numbers of
 // another process: every farm and server in it counts as removed until a Spec
-// names it again. Numbers that contradict themselves are left out.
+// names it again, and goes by the terms that it had. Numbers that contradict
+// themselves are left out.
 func Recall(n Numbers) *DB {
 	db := &DB{nextFarm: n.NextFarm, nextServer: n.NextServer}
 	farms, servers := map[uint16]*Farm{}, map[uint16]*Server{}
@@ -66,7 +81,14 @@ func Recall(n Numbers) *DB {
 			continue
 		}
 		names[x.Name] = true
-		f := &Farm{ID: x.ID, Name: x.Name, Removed: true, Stats: new(FarmStats)}
+		f := &Farm{
+			ID: x.ID, Name: x.Name, Removed: true, Stats: new(FarmStats),
+			Pool: x.Terms.Pool, Timeouts: x.Terms.Timeouts, Limits: x.Terms.Limits,
+			Forwarded: x.Terms.Forwarded, ForwardedTrust: x.Terms.ForwardedTrust, RouteSafety: x.Terms.RouteSafety,
+		}
+		if !f.Timeouts.known() {
+			f.Timeouts = DefaultTimeouts // of a program that left none
+		}
 		for _, y := range x.Servers {
 			if y.ID == 0 || servers[y.ID] != nil || !y.Address.IsValid() {
 				continue
