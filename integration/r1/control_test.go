@@ -10,10 +10,12 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 	"time"
 
+	"github.com/weirgate/weir/integration/lab"
 	"github.com/weirgate/weir/integration/wire"
 )
 
@@ -24,6 +26,8 @@ func controls(r *rig, t *testing.T) {
 	t.Run("corruption made right", func(t *testing.T) { r.within(t, corruptionMadeRight) })
 	t.Run("path MTU without errors", func(t *testing.T) { r.within(t, pathMTUWithoutErrors) })
 	t.Run("a server that lies", func(t *testing.T) { r.within(t, lyingServer) })
+	t.Run("without early acknowledgments", func(t *testing.T) { r.within(t, withoutEarlyAcknowledgments) })
+	t.Run("windows made large", func(t *testing.T) { r.within(t, windowsMadeLarge) })
 }
 
 // within runs a part of a case.
@@ -171,4 +175,84 @@ func lyingServer(r *rig, t *testing.T) {
 	if twice, _ := posts(); twice == 0 {
 		t.Errorf("none of %d POSTs was executed twice", n)
 	}
+}
+
+// withoutEarlyAcknowledgments: with an engine that acknowledges nothing before
+// the answer, each request that comes line by line waits for the client's
+// retransmission timer, which is twice as long as the case allows.
+func withoutEarlyAcknowledgments(r *rig, t *testing.T) {
+	r.lan.Set(wire.AB, wire.Impairment{Tamper: func(ip []byte) bool {
+		h, data := segment(ip)
+		return h == nil || h[13] != flagACK || len(data) > 0
+	}})
+	took := byLines(r, t, 3)
+	t.Logf("the fastest took %s", took[0])
+	if took[0] <= served {
+		t.Errorf("without early acknowledgments a request was served in %s", took[0])
+	}
+}
+
+// windowsMadeLarge: an engine that tells a server of more than the window of the
+// client that has the connection now has far more sent to it.
+func windowsMadeLarge(r *rig, t *testing.T) {
+	rnd := rand.New(rand.NewPCG(r.seed, 23<<32))
+	beyond, segments := r.handOver(t, rnd, func() {
+		r.dmz.Set(wire.AB, wire.Impairment{Tamper: func(ip []byte) bool {
+			if h, _ := segment(ip); h != nil && h[13]&flagSYN == 0 && binary.BigEndian.Uint16(h[2:]) == portOne {
+				binary.BigEndian.PutUint16(h[14:], 8192) // 1 MB
+				wire.FillTCP(ip)
+			}
+			return true
+		}})
+	})
+	t.Logf("%d segments, at most %d bytes beyond the window", segments, beyond)
+	if beyond <= tolerated {
+		t.Errorf("with windows of 1 MB for the server a segment reaches at most %d bytes beyond the client's", beyond)
+	}
+}
+
+// cookieLife is how long a cookie lives at least.
+const cookieLife = 8 * time.Second
+
+// withoutTombstones: a weir that comes after another, knows its cookies, and
+// finds none of its records, executes the POST of a late first segment once
+// more. It is what the cases of late first segments and of port reuse would see.
+// It comes last, because it ends the weir that all cases share.
+func withoutTombstones(r *rig, t *testing.T) {
+	f := newForger(t, r.Clients[0])
+	rnd := rand.New(rand.NewPCG(r.seed, 24<<32))
+	twice := func() bool {
+		begun := time.Now()
+		first, nonce := firstSegment(r, t, rnd, false, false)
+		if err := r.weir.Proc.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		stores, err := filepath.Glob(filepath.Join(r.options.Dir, "run", "flows", "shard*"))
+		if err != nil || len(stores) == 0 {
+			t.Fatalf("%d flow stores, %v", len(stores), err)
+		}
+		for _, path := range stores {
+			if err := os.Remove(path); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if r.weir, err = lab.StartWeir(within(t, 30*time.Second), r.Router, r.options); err != nil {
+			t.Fatal(err)
+		}
+		for time.Since(begun) < cookieLife {
+			f.send(t, first)
+			if r.web.executed(nonce) > 1 {
+				return true
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+		return false
+	}
+	// On a busy machine a cookie may be too old before the second weir is there.
+	for range 5 {
+		if twice() {
+			return
+		}
+	}
+	t.Error("without tombstones no POST was executed twice")
 }

@@ -68,14 +68,16 @@ type rig struct {
 	*lab.Farm
 	t    *testing.T
 	weir *lab.Weir
-	seed uint64
-	lan  *wire.Wire // side A is the router, B the clients
-	dmz  *wire.Wire // side A is the router, B the servers
-	web  *origin
-	race *origin
-	one  *origin
-	root string // of nginx
-	rss  int    // of weir, after the first case, KiB
+	// options are those that weir was started with.
+	options lab.WeirOptions
+	seed    uint64
+	lan     *wire.Wire // side A is the router, B the clients
+	dmz     *wire.Wire // side A is the router, B the servers
+	web     *origin
+	race    *origin
+	one     *origin
+	root    string // of nginx
+	rss     int    // of weir, after the first case, KiB
 }
 
 func newRig(t *testing.T) *rig {
@@ -114,9 +116,8 @@ func newRig(t *testing.T) *rig {
 		t.Fatal(err)
 	}
 	socket := filepath.Join(run, "admin.sock")
-	r.weir, err = lab.StartWeir(within(t, 30*time.Second), r.Router, lab.WeirOptions{
-		Binary: built.Weir(t), Config: r.config(run, socket), Dir: dir, Socket: socket,
-	})
+	r.options = lab.WeirOptions{Binary: built.Weir(t), Config: r.config(run, socket), Dir: dir, Socket: socket}
+	r.weir, err = lab.StartWeir(within(t, 30*time.Second), r.Router, r.options)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -311,6 +312,11 @@ func TestHostTCP(t *testing.T) {
 	} else {
 		t.Logf("weir uses %d KiB, %d KiB after the first case", now, r.rss)
 	}
+	t.Run("control: without tombstones", func(t *testing.T) {
+		r.t = t
+		withoutTombstones(r, t)
+	})
+	r.t = t
 	code, err := r.weir.Stop(within(t, 20*time.Second))
 	if err != nil || code != 0 {
 		t.Errorf("SIGTERM: exit code %d, %v", code, err)
