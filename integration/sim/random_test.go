@@ -108,9 +108,12 @@ func freshSeed(t *testing.T) uint64 {
 func TestRandomExchanges(t *testing.T) {
 	base := freshSeed(t)
 	want := 50_000
-	if soak {
+	switch {
+	case *exchanges > 0:
+		want = *exchanges
+	case soak:
 		want = 5_000_000
-	} else if testing.Short() {
+	case testing.Short():
 		want = 5_000
 	}
 	sum := runAll(t, func(_ int, s *tally) bool { return s.Exchanges < want }, func(i int) (*Scenario, Hooks) {

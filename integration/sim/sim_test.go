@@ -10,7 +10,10 @@ import (
 	"time"
 )
 
-var replaySeed = flag.String("seed", "", "the seed of a run that TestReplay repeats")
+var (
+	replaySeed = flag.String("seed", "", "the seed of a run that TestReplay repeats")
+	exchanges  = flag.Int("exchanges", 0, "the `number` of exchanges that TestRandomExchanges is to reach, instead of its own")
+)
 
 // seedOf prints the seed of a random test; WEIR_SEED chooses it.
 func seedOf(t testing.TB) uint64 {

@@ -3,6 +3,7 @@
 package sim
 
 import (
+	"bytes"
 	"testing"
 
 	"github.com/weirgate/weir/integration/sim/tcp"
@@ -435,35 +436,90 @@ func hugeControl(t *testing.T, after uint64) {
 	}
 }
 
-// TestTenPorts: the engine has ten source ports toward servers that close after
-// each request, so every port is used again and again, over wires that bring
-// segments of the connections before late.
+// tenPortsScenario: the engine has ten source ports toward a server that closes
+// after each request and remembers the connection for a minute. A port comes
+// again after a second and a half.
+func tenPortsScenario(i, requests int) *Scenario {
+	s := Base(uint64(i))
+	s.Ports, s.Bound = 10, 120*second
+	s.Servers = s.Servers[:1]
+	s.Servers[0].MaxReq, s.Servers[0].Opt.TimeWait = 1, 60*second
+	if i%2 == 1 {
+		hard(s, 0.01)
+		for d := range s.Wires {
+			s.Wires[d].Late = 900 * millisecond
+		}
+	}
+	for k := range requests {
+		q := get(500)
+		if k%2 == 0 {
+			q = post(500, 100)
+		}
+		c := plainConn(q)
+		c.Host, c.Opt.ISS, c.Start = k%4, uint32(k)*99_991, int64(k)*150*millisecond
+		s.Conns = append(s.Conns, c)
+	}
+	return s
+}
+
+// oldOnPort has the request that a connection to a server carried last arrive
+// once more in the next connection on the same port: after its SYN, before its
+// own request. n counts them.
+func oldOnPort(n *int) Hooks {
+	last := map[packet.Tuple][]byte{}
+	return Hooks{
+		Emitted: func(_ *World, d Direction, b []byte) []byte {
+			if p, _ := packet.ParseTCP(b); d == ToServer && p.PayloadLen() > 0 {
+				last[p.Tuple()] = bytes.Clone(b)
+			}
+			return b
+		},
+		Sent: func(w *World, d Direction, b []byte) {
+			p, _ := packet.ParseTCP(b)
+			if d != FromServer || !p.Flags().Has(packet.SYN) {
+				return
+			}
+			if old := last[packet.Tuple{Src: p.Dst(), Dst: p.Src()}]; old != nil {
+				*n++
+				w.Inject(ToServer, old, 0)
+			}
+		},
+	}
+}
+
+// TestTenPorts: every port is used again and again, over wires that bring
+// segments of the connections before late, in the worst moment too.
 func TestTenPorts(t *testing.T) {
 	const runs, requests = 30, 40
+	var late [runs]int
 	sum := runAll(t, upTo(runs), func(i int) (*Scenario, Hooks) {
-		s := Base(uint64(i))
-		s.Ports, s.Bound = 10, 120*second
-		s.Servers = s.Servers[:1]
-		s.Servers[0].MaxReq = 1
-		if i%2 == 1 {
-			hard(s, 0.01)
-			for d := range s.Wires {
-				s.Wires[d].Late = 900 * millisecond
-			}
-		}
-		for k := range requests {
-			q := get(500)
-			if k%2 == 0 {
-				q = post(500, 100)
-			}
-			c := plainConn(q)
-			c.Host, c.Opt.ISS, c.Start = k%4, uint32(k)*99_991, int64(k)*150*millisecond
-			s.Conns = append(s.Conns, c)
-		}
-		return s, Hooks{}
+		return tenPortsScenario(i, requests), oldOnPort(&late[i])
 	})
 	t.Logf("%d answered by a server, %d by the engine", sum.Exchanges, sum.Owned)
 	if sum.Exchanges != runs*requests && !t.Failed() {
 		t.Errorf("%d of %d requests were answered by a server", sum.Exchanges, runs*requests)
+	}
+	for i, n := range late {
+		if n < requests-10 {
+			t.Errorf("run %d: old requests came only %d times", i, n)
+		}
+	}
+}
+
+// TestTenPortsControl: an engine that begins every connection on a port with the
+// same number, and does not reset what a server remembers of the connection
+// before, gets requests not answered.
+func TestTenPortsControl(t *testing.T) {
+	for i := range 2 {
+		n := 0
+		s, h := tenPortsScenario(i, 40), oldOnPort(&n)
+		s.Quiet, s.EngineToServer = 0, []uint32{123456}
+		h.Lose = func(d Direction, b []byte) bool {
+			p, _ := packet.ParseTCP(b)
+			return d == ToServer && p.Flags().Has(packet.RST)
+		}
+		if r := Run(s, h); r.Violation == nil || r.Violation.Invariant != "INV-4" {
+			t.Errorf("run %d: %d of 40 answered by the server, and the observer finds %v", i, r.Exchanges, r.Violation)
+		}
 	}
 }
