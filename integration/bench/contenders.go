@@ -4,7 +4,10 @@ package main
 
 import (
 	"context"
+	"errors"
+	"flag"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -12,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/weirgate/weir/integration/bench/bare"
 	"github.com/weirgate/weir/integration/lab"
 )
 
@@ -60,7 +64,13 @@ var contenders = []contender{
 	{name: "weir-mortal", start: startWeir("batched", false, 1), target: atVIP, full: true, only: []string{"kept-1k", "one-shot", "bulk", "kept-1k-256", "latency"}},
 	{name: "weir-2", start: startWeir("batched", true, 2), target: atVIP, full: true, only: []string{"kept-1k", "one-shot", "bulk-4", "kept-1k-256", "latency"}},
 	{name: "weir-plain", start: startWeir("plain", true, 1), target: atVIP},
+	{name: "bare-queue", start: startBare("queue"), target: atVIP, full: true, only: kept},
+	{name: "bare-tc", start: startBare("tc"), target: atVIP, full: true, only: kept},
 }
+
+// kept are the workloads in which connections last, so that what translates
+// them is all that is measured.
+var kept = []string{"kept-1k", "kept-1k-256", "latency", "bulk", "bulk-4"}
 
 // bulky are the workloads that the proxies have other settings for.
 var bulky = []string{"bulk", "bulk-4", "up", "up-4"}
@@ -244,4 +254,54 @@ func startWeir(backend string, keeps bool, shards int) func(context.Context, *ri
 		}
 		return w.Proc, nil
 	}
+}
+
+// startBare starts a translator that does nothing else, see package bare.
+func startBare(by string) func(context.Context, *rig) (*lab.Process, error) {
+	return func(ctx context.Context, r *rig) (*lab.Process, error) {
+		// What is rewritten arrives with an address of the router as its source.
+		// Weir sets this by itself, and takes it back.
+		if err := r.router.SetSysctl("net/ipv4/conf/all/accept_local", "1"); err != nil {
+			return nil, err
+		}
+		cmd := r.router.Command(r.self, "bare", "-by", by, "-vip", r.vip.String(), "-server", r.server.String(), "-snip", r.snip.String())
+		var out lab.Buffer
+		cmd.Stdout, cmd.Stderr = &out, &out
+		p, err := r.router.Start(cmd)
+		if err != nil {
+			return nil, err
+		}
+		for end := time.Now().Add(10 * time.Second); !strings.Contains(out.String(), bareReady); time.Sleep(5 * time.Millisecond) {
+			select {
+			case <-p.Done():
+				return nil, fmt.Errorf("it ended: %v: %s", p.Wait(), out.String())
+			default:
+			}
+			if time.Now().After(end) {
+				return nil, errors.Join(errors.New("it does not begin: "+out.String()), p.Kill())
+			}
+		}
+		return p, nil
+	}
+}
+
+// bareReady is what a translator says when it translates.
+const bareReady = "ready"
+
+// runBare is a translator's main function.
+func runBare(ctx context.Context, args []string, w io.Writer) error {
+	var cfg bare.Config
+	fs := flag.NewFlagSet("bare", flag.ContinueOnError)
+	by := fs.String("by", "", "queue or tc")
+	fs.TextVar(&cfg.VIP, "vip", netip.AddrPort{}, "address and port that clients use")
+	fs.TextVar(&cfg.Server, "server", netip.AddrPort{}, "address and port of the server")
+	fs.TextVar(&cfg.SNIP, "snip", netip.Addr{}, "source address toward the server")
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	way := map[string]func(context.Context, bare.Config, func()) error{"queue": bare.Queue, "tc": bare.TC}[*by]
+	if way == nil {
+		return fmt.Errorf("-by %q: there are queue and tc", *by)
+	}
+	return way(ctx, cfg, func() { fmt.Fprintln(w, bareReady) })
 }

@@ -183,7 +183,7 @@ func runFlame(ctx context.Context, args []string, w io.Writer) (err error) {
 	if err := firstIf(*realtime); err != nil {
 		return err
 	}
-	r, err := newRig("")
+	r, err := newRig("", "")
 	if err != nil {
 		return err
 	}

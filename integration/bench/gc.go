@@ -183,7 +183,7 @@ func runGC(ctx context.Context, args []string, w io.Writer) (err error) {
 	if err := firstIf(*realtime); err != nil {
 		return err
 	}
-	r, err := newRig("")
+	r, err := newRig("", "")
 	if err != nil {
 		return err
 	}
@@ -202,7 +202,7 @@ func runGC(ctx context.Context, args []string, w io.Writer) (err error) {
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "# The garbage collector\n\nMade by `make bench BENCH=gc`: %d rounds in turns, %s each, %d requests of 1 KB a second over 32 kept-alive connections, the module in a process of its own on the router. Medians, least and greatest in brackets.\n\n", *rounds, *measure, *rate)
-	for _, m := range describe() {
+	for _, m := range describe("") {
 		fmt.Fprintf(&b, "- %s\n", m)
 	}
 	fmt.Fprint(&b, "\n| collector | p50 | p99 | p99.9 | longest | runs a second | longest stop of the world | packets | objects allocated for each packet |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n")

@@ -56,6 +56,7 @@ func main() {
 var programs = map[string]func(ctx context.Context, args []string, w io.Writer) error{
 	"load":  func(_ context.Context, args []string, w io.Writer) error { return runLoad(args, w) },
 	"sink":  func(_ context.Context, args []string, w io.Writer) error { return runSink(args, w) },
+	"bare":  runBare,
 	"loss":  runLoss,
 	"scale": runScale,
 	"flame": runFlame,
@@ -74,6 +75,7 @@ type options struct {
 	out        string
 	contenders string
 	workloads  string
+	congestion string
 }
 
 func run(ctx context.Context, args []string, w io.Writer) error {
@@ -88,6 +90,7 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 	fs.StringVar(&o.out, "out", "docs/bench", "directory of the report; empty: standard output alone")
 	fs.StringVar(&o.contenders, "contenders", "", "comma-separated names, of: "+strings.Join(names(contenders), ", "))
 	fs.StringVar(&o.workloads, "workloads", "", "comma-separated names, of: "+strings.Join(names(workloads), ", "))
+	fs.StringVar(&o.congestion, "congestion", "", "TCP congestion control of all hosts, one of net.ipv4.tcp_allowed_congestion_control; empty: the machine's own")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
@@ -128,7 +131,7 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 			return fmt.Errorf("real-time priority: %w", err)
 		}
 	}
-	b, err := newRig(o.weir)
+	b, err := newRig(o.weir, o.congestion)
 	if err != nil {
 		return err
 	}
@@ -140,7 +143,7 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 		}
 		return why != nil
 	})
-	rep := &report{machine: describe(), options: o, contenders: who, workloads: what, begun: time.Now()}
+	rep := &report{machine: describe(o.congestion), options: o, contenders: who, workloads: what, begun: time.Now()}
 	for round := range o.rounds {
 		// Each round begins with another contender, so that what changes on
 		// the machine meanwhile meets all of them.

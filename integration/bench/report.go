@@ -182,7 +182,7 @@ func (r *report) markdown(w io.Writer) error {
 		fmt.Fprintf(b, "- %s\n", m)
 	}
 	fmt.Fprintf(b, `
-Client, router and server are network namespaces joined by virtual links; one nginx process is the server (uploads have one that takes them away uncopied), one thread the load generator, and all share the machine's processors. *Direct* is plain routing. *Server* and *router* are the processor time, user and system, of the server's process and of the contender's for each request (in bulk: for each 100 MB); the kernel's work in interrupts is in neither. HAProxy and nginx have settings that help bulk transfers more (*haproxy-splice* and *nginx-large* of the full run), *weir-mortal* has no flow store, *weir-2* two shards, *weir-plain* reads and answers one packet at a time. *Packets* is what the server sees for each request, both ways, and *opened* its connections, those of the warm-up included. *Reuse* is the share of the requests of all rounds that needed no new server connection. Where requests have a rate, their time counts from when they were due.
+Client, router and server are network namespaces joined by virtual links; one nginx process is the server (uploads have one that takes them away uncopied), one thread the load generator, and all share the machine's processors. *Direct* is plain routing. *Server* and *router* are the processor time, user and system, of the server's process and of the contender's for each request (in bulk: for each 100 MB); the kernel's work in interrupts is in neither. HAProxy and nginx have settings that help bulk transfers more (*haproxy-splice* and *nginx-large* of the full run), *weir-mortal* has no flow store, *weir-2* two shards, *weir-plain* reads and answers one packet at a time. *bare-queue* and *bare-tc* translate addresses, ports and numbers and do nothing else, through the same queue and by a program at the interfaces (their connections end at the server, one for each of a client's): what either way leaves to a program that does more. *Packets* is what the server sees for each request, both ways, and *opened* its connections, those of the warm-up included. *Reuse* is the share of the requests of all rounds that needed no new server connection. Where requests have a rate, their time counts from when they were due.
 `)
 	if err := r.targets(b); err != nil {
 		return err
@@ -220,7 +220,7 @@ func (r *report) workload(b *bufio.Writer, l workload) {
 			reuse = fmt.Sprintf("%.2f %%", 100*reused(requests, opened))
 		}
 		fmt.Fprintf(b, "| %s | %s (%s–%s) | %s | %s | %s | %s | %s | %s | %s | %s | %.1f | %.0f | %s | %.0f |", c.name,
-			unit(speed.median, l.bulk), bare(speed.least, l.bulk), bare(speed.most, l.bulk),
+			unit(speed.median, l.bulk), unitless(speed.least, l.bulk), unitless(speed.most, l.bulk),
 			ratio(ss, direct, sample.speed).ratio(), ratio(ss, haproxy, sample.speed).ratio(), ratio(ss, nginx, sample.speed).ratio(),
 			duration(func(s sample) time.Duration { return s.P50 }), duration(func(s sample) time.Duration { return s.P99 }),
 			duration(func(s sample) time.Duration { return s.P999 }),
@@ -238,7 +238,7 @@ func (r *report) workload(b *bufio.Writer, l workload) {
 	}
 }
 
-func bare(v float64, bulk bool) string {
+func unitless(v float64, bulk bool) string {
 	f := strings.Fields(unit(v, bulk))
 	return f[0]
 }
@@ -317,8 +317,12 @@ func sameOwner(path, dir string) error {
 	return errors.Join(os.Chown(path, int(sys.Uid), int(sys.Gid)), os.Chown(filepath.Dir(path), int(sys.Uid), int(sys.Gid)))
 }
 
-// describe says what machine and which programs these figures belong to.
-func describe() []string {
+// describe says what machine and which programs these figures belong to;
+// congestion is the congestion control that was chosen, "" for the machine's.
+func describe(congestion string) []string {
+	if b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_congestion_control"); congestion == "" && err == nil {
+		congestion = strings.TrimSpace(string(b))
+	}
 	cpu := "unknown processor"
 	if b, err := os.ReadFile("/proc/cpuinfo"); err == nil {
 		for line := range strings.Lines(string(b)) {
@@ -361,5 +365,6 @@ func describe() []string {
 	return []string{
 		fmt.Sprintf("%s, %d processors%s", cpu, runtime.NumCPU(), memory),
 		kernel + "; " + strings.Join(versions, "; ") + "; " + load,
+		"TCP congestion control: " + congestion,
 	}
 }

@@ -103,14 +103,17 @@ type rig struct {
 	taker, upVIP           netip.AddrPort // of uploads
 	snip                   netip.Addr
 	weir, self, dir        string
+	congestion             string
 	run                    string       // weir's runtime_dir
 	nginx, sink            *lab.Process // the servers
 	status                 string       // its status socket
 }
 
-func newRig(weir string) (_ *rig, err error) {
+// newRig makes the network. congestion is the congestion control of all hosts,
+// "" for the machine's.
+func newRig(weir, congestion string) (_ *rig, err error) {
 	r := &rig{
-		weir: weir, server: netip.MustParseAddrPort("198.51.100.11:80"), vip: netip.MustParseAddrPort("203.0.113.10:80"),
+		weir: weir, congestion: congestion, server: netip.MustParseAddrPort("198.51.100.11:80"), vip: netip.MustParseAddrPort("203.0.113.10:80"),
 		snip: netip.MustParseAddr("198.51.100.1"), taker: netip.MustParseAddrPort("198.51.100.11:81"), upVIP: netip.MustParseAddrPort("203.0.113.10:81"),
 	}
 	if r.self, err = os.Executable(); err != nil {
@@ -176,7 +179,11 @@ func (r *rig) build() error {
 		return err
 	}
 	for _, h := range []*lab.Host{r.client, r.router, r.origin} {
-		for key, value := range map[string]string{"net/core/somaxconn": "4096", "net/ipv4/tcp_max_syn_backlog": "8192"} {
+		set := map[string]string{"net/core/somaxconn": "4096", "net/ipv4/tcp_max_syn_backlog": "8192"}
+		if r.congestion != "" {
+			set["net/ipv4/tcp_congestion_control"] = r.congestion
+		}
+		for key, value := range set {
 			if err := h.SetSysctl(key, value); err != nil {
 				return err
 			}

@@ -104,7 +104,7 @@ func runScale(ctx context.Context, args []string, w io.Writer) error {
 	}
 	var text strings.Builder
 	fmt.Fprintf(&text, "# Client connections in the table\n\nMade by `make bench BENCH=scale`; best of %d rounds, each size in a process of its own.\n\n", *rounds)
-	for _, m := range describe() {
+	for _, m := range describe("") {
 		fmt.Fprintf(&text, "- %s\n", m)
 	}
 	fmt.Fprintf(&text, `

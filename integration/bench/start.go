@@ -88,14 +88,14 @@ func runStart(ctx context.Context, args []string, w io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	r, err := newRig(bin)
+	r, err := newRig(bin, "")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, r.Close()) }()
 	var b strings.Builder
 	fmt.Fprint(&b, "# Start and reload\n\nMade by `make bench BENCH=start`.\n\n")
-	for _, m := range describe() {
+	for _, m := range describe("") {
 		fmt.Fprintf(&b, "- %s\n", m)
 	}
 	fmt.Fprint(&b, "\n*Serves* is the time from the start of the process until it answers clients and operators, *routed* until every farm has its routes from the plugin. *One weight* and *every route* are `weir reload` after such a change, until it is in force.\n\n| farms | servers | routes | configuration | serves | routed | processor | resident | one weight | every route |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n")
