@@ -20,7 +20,8 @@ var soak = os.Getenv("WEIR_SOAK") != ""
 // tally adds up results.
 type tally struct {
 	Result
-	runs int
+	runs   int
+	failed []uint64 // the seeds
 }
 
 func (a *tally) add(r *Result) {
@@ -79,6 +80,7 @@ func runAll(t *testing.T, more func(done int, sum *tally) bool, make func(i int)
 	group.Wait()
 	for _, i := range failed {
 		s, h := make(i)
+		sum.failed = append(sum.failed, s.Seed)
 		t.Errorf("case %d, seed %d:\n%s", i, s.Seed, Explain(s, h, 60))
 	}
 	return &sum
@@ -90,8 +92,8 @@ func upTo(n int) func(int, *tally) bool {
 	return func(int, *tally) bool { begun++; return begun <= n }
 }
 
-// freshSeed is seedOf, but for one thing: where WEIR_FRESH is set the seed is
-// drawn anew each time, whatever WEIR_SEED says for all other tests.
+// freshSeed is seedOf, but for one thing: where WEIR_FRESH is set, as in .ci/run,
+// the seed is drawn anew each time, whatever WEIR_SEED says for all other tests.
 func freshSeed(t *testing.T) uint64 {
 	t.Helper()
 	if os.Getenv("WEIR_FRESH") == "" {
@@ -121,6 +123,9 @@ func TestRandomExchanges(t *testing.T) {
 	})
 	t.Logf("%d runs: %d exchanges, %d answered by the engine, %d given up by plan; %d packets, %d steps, %d s of virtual time",
 		sum.runs, sum.Exchanges, sum.Owned, sum.Excused, sum.Packets, sum.Steps, sum.Time/second)
+	for _, seed := range sum.failed {
+		t.Logf("to repeat it: go test ./integration/sim -run TestReplay -seed %d", seed)
+	}
 }
 
 // regressionSeeds reads testdata/seeds.txt: one seed a line, with a remark
