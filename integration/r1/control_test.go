@@ -28,6 +28,7 @@ func controls(r *rig, t *testing.T) {
 	t.Run("a server that lies", func(t *testing.T) { r.within(t, lyingServer) })
 	t.Run("without early acknowledgments", func(t *testing.T) { r.within(t, withoutEarlyAcknowledgments) })
 	t.Run("windows made large", func(t *testing.T) { r.within(t, windowsMadeLarge) })
+	t.Run("a connection that stays", func(t *testing.T) { r.within(t, connectionThatStays) })
 }
 
 // within runs a part of a case.
@@ -211,6 +212,36 @@ func windowsMadeLarge(r *rig, t *testing.T) {
 	}
 }
 
+// connectionThatStays: a client that does not go is seen by the baseline, and so
+// are the server's connection for as long as the pool keeps it, and the timer of
+// either.
+func connectionThatStays(r *rig, t *testing.T) {
+	k, err := dial(t.Context(), r.Clients[0], &net.Dialer{}, r.vip(portOne))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.c.Close()
+	rnd := rand.New(rand.NewPCG(r.seed, 25<<32))
+	q := newRequest(rnd, 0)
+	if _, err := k.do(&q); err != nil {
+		t.Fatal(err)
+	}
+	for _, g := range []string{"client_connections", "timers"} {
+		if len(r.left(t, g)) == 0 {
+			t.Errorf("with a client connected the baseline does not show %s", g)
+		}
+	}
+	// The pool keeps the server's connection for a second, which a busy machine
+	// may let pass.
+	until(t, patience, "a connection to the server in the baseline", func() bool {
+		q := newRequest(rnd, 0)
+		if _, err := k.do(&q); err != nil {
+			t.Fatal(err)
+		}
+		return len(r.left(t, "server_connections")) > 0
+	})
+}
+
 // cookieLife is how long a cookie lives at least.
 const cookieLife = 8 * time.Second
 
@@ -239,9 +270,11 @@ func withoutTombstones(r *rig, t *testing.T) {
 		if r.weir, err = lab.StartWeir(within(t, 30*time.Second), r.Router, r.options); err != nil {
 			t.Fatal(err)
 		}
+		again := time.Since(begun)
 		for time.Since(begun) < cookieLife {
 			f.send(t, first)
 			if r.web.executed(nonce) > 1 {
+				t.Logf("a new weir after %s, the POST executed again after %s", again, time.Since(begun))
 				return true
 			}
 			time.Sleep(20 * time.Millisecond)

@@ -212,22 +212,27 @@ var (
 	remembered = []string{"embryonic_connections", "tombstones", "timers"}
 )
 
+// left lists what weir holds of these.
+func (r *rig) left(t *testing.T, of ...string) (left []string) {
+	t.Helper()
+	m := r.metrics()
+	for _, g := range of {
+		v, ok := m["weir_"+g]
+		if !ok {
+			t.Fatalf("there is no gauge weir_%s", g)
+		}
+		if v != 0 {
+			left = append(left, fmt.Sprintf("%s %g", g, v))
+		}
+	}
+	return left
+}
+
 // baseline waits until weir holds nothing (INV-9) of these.
 func (r *rig) baseline(t *testing.T, d time.Duration, of ...string) {
 	t.Helper()
-	var left []string
 	for end := time.Now().Add(d); ; time.Sleep(100 * time.Millisecond) {
-		m := r.metrics()
-		left = left[:0]
-		for _, g := range of {
-			v, ok := m["weir_"+g]
-			if !ok {
-				t.Fatalf("there is no gauge weir_%s", g)
-			}
-			if v != 0 {
-				left = append(left, fmt.Sprintf("%s %g", g, v))
-			}
-		}
+		left := r.left(t, of...)
 		if len(left) == 0 {
 			return
 		}
