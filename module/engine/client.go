@@ -252,6 +252,9 @@ func (e *Engine) stranger(key *packet.Tuple, p *packet.TCP) splice.Ref {
 	}
 	c.Epoch.ReqBase = c.RcvNxt
 	f.Stats.ClientConnections.Add(1)
+	// Where this segment only overtook the first one, nothing else would end the
+	// record of a client that is never heard of again (INV-9).
+	e.touchClient(r, c)
 	return r
 }
 

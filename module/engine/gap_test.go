@@ -270,6 +270,27 @@ func TestACKLoop(t *testing.T) {
 	}
 }
 
+// TestSecondSegmentOnly: a client of which nothing arrives but a segment that
+// overtook the first one is not kept for ever.
+func TestSecondSegmentOnly(t *testing.T) {
+	for _, embryo := range []bool{true, false} {
+		g := newRig(t, oneServer)
+		g.cookies[100] = 9000
+		g.SYN(c1, 100)
+		if embryo {
+			g.client(c1, seg{fl: ack, seq: 101, ack: 9001})
+		}
+		g.client(c1, seg{fl: ack | psh, seq: 141, ack: 9001, data: get("/", 90)[40:]})
+		if u := g.e.Usage(); embryo && (u.Clients != 1 || u.Kept != 1) {
+			t.Fatalf("the segment is not kept: %+v", u)
+		}
+		g.wait(300 * second)
+		if u := g.e.Usage(); u.Clients != 0 || u.Kept != 0 {
+			t.Errorf("embryo %v: after five minutes the engine still holds %+v", embryo, u)
+		}
+	}
+}
+
 // TestSecondSegmentFirst: a segment that overtook the first one of its
 // connection does not get it reset, whether the handshake's ACK came or not.
 func TestSecondSegmentFirst(t *testing.T) {
