@@ -93,6 +93,11 @@ func queued() (n uint64) {
 	if err != nil {
 		return 0
 	}
+	return sumQueued(b)
+}
+
+// sumQueued reads the kernel's list of queues: the eighth column counts packets.
+func sumQueued(b []byte) (n uint64) {
 	for line := range strings.Lines(string(b)) {
 		var v [8]uint64
 		if _, err := fmt.Sscan(line, &v[0], &v[1], &v[2], &v[3], &v[4], &v[5], &v[6], &v[7]); err == nil {

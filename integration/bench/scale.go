@@ -56,8 +56,8 @@ type scaled struct {
 	Idle  float64 `json:"idle"` // nanoseconds a second for the timers of the idle ones
 }
 
-// runScale measures each size in a process of its own, because memory that was
-// used once is not given back.
+// runScale measures both ways: through the kernel (see crowded.go) and the
+// engine alone.
 func runScale(ctx context.Context, args []string, w io.Writer) error {
 	fs := flag.NewFlagSet("bench scale", flag.ContinueOnError)
 	fs.SetOutput(w)
@@ -65,6 +65,15 @@ func runScale(ctx context.Context, args []string, w io.Writer) error {
 	dir := fs.String("dir", inMemory(), "directory for the flow store's file; best one in memory")
 	rounds := fs.Int("rounds", 3, "how often every size is measured; the best counts")
 	one := fs.Int("one", 0, "measure this size here and write JSON")
+	only := fs.String("only", "", "engine or kernel: only that part, to standard output alone")
+	weir := fs.String("weir", "bin/weir", "the weir executable, for what goes through the kernel")
+	tables := [2]int{1000, 1_000_000}
+	fs.IntVar(&tables[0], "small", tables[0], "connections in the table that a large one is compared with")
+	fs.IntVar(&tables[1], "large", tables[1], "connections in the large table, at most a million")
+	speak := fs.String("speak", "", "comma-separated loads through the kernel, of: "+strings.Join(names(speakers), ", "))
+	loads := fs.Int("loads", 7, "how often every load through the kernel is measured")
+	measure := fs.Duration("measure", time.Second, "time of one of these measurements")
+	realtime := fs.Bool("realtime", false, "as for the comparison")
 	out := fs.String("out", "docs/bench", "directory of the report; empty: standard output alone")
 	if err := fs.Parse(args); err != nil {
 		return err
@@ -76,14 +85,67 @@ func runScale(ctx context.Context, args []string, w io.Writer) error {
 		}
 		return json.NewEncoder(w).Encode(s)
 	}
+	if *only != "kernel" && *only != "engine" && *only != "" {
+		return fmt.Errorf("-only %q: there are engine and kernel", *only)
+	}
+	bin, err := filepath.Abs(*weir)
+	if err != nil {
+		return err
+	}
+	if *only != "engine" {
+		if err := asRoot(" BENCH=scale (or BENCH='scale -only engine')"); err != nil {
+			return err
+		}
+		if _, err := os.Stat(bin); err != nil {
+			return fmt.Errorf("the weir executable: %w (make build makes it)", err)
+		}
+	}
+	who, err := choose(speakers, *speak, nil)
+	if err != nil {
+		return err
+	}
+	if err := firstIf(*realtime); err != nil {
+		return err
+	}
+	var text strings.Builder
+	fmt.Fprintf(&text, "# Client connections in the table\n\nMade by `make bench BENCH=scale`.\n\n")
+	for _, m := range describe("") {
+		fmt.Fprintf(&text, "- %s\n", m)
+	}
+	if *realtime {
+		fmt.Fprintf(&text, "\nEverything ran with real-time priority, because others used the machine at the same time.\n")
+	}
+	if *only != "engine" {
+		if err := crowded(ctx, bin, tables, who, *loads, *measure, w, &text); err != nil {
+			return err
+		}
+	}
+	if *only != "kernel" {
+		if err := engineAlone(ctx, strings.Split(*sizes, ","), *dir, *rounds, &text); err != nil {
+			return err
+		}
+	}
+	if _, err := io.WriteString(w, "\n"+text.String()); err != nil || *out == "" || *only != "" {
+		return err
+	}
+	path := filepath.Join(*out, "scale.md")
+	if err := os.WriteFile(path, []byte(text.String()), 0o644); err != nil {
+		return err
+	}
+	return sameOwner(path, filepath.Dir(*out))
+}
+
+// engineAlone measures each size in a process of its own, because memory that
+// was used once is not given back, and writes its part of the report.
+func engineAlone(ctx context.Context, sizes []string, dir string, rounds int, text *strings.Builder) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err
 	}
 	var all []scaled
-	for round := range *rounds {
-		for i, n := range strings.Split(*sizes, ",") {
-			cmd := exec.CommandContext(ctx, self, "scale", "-one", n, "-dir", *dir)
+	for round := range rounds {
+		for i, n := range sizes {
+			cmd := exec.CommandContext(ctx, self, "scale", "-one", n, "-dir", dir)
 			cmd.Stderr = os.Stderr
 			b, err := cmd.Output()
 			if err != nil {
@@ -102,25 +164,19 @@ func runScale(ctx context.Context, args []string, w io.Writer) error {
 			a.Idle, a.Opened = min(a.Idle, s.Idle), min(a.Opened, s.Opened)
 		}
 	}
-	var text strings.Builder
-	fmt.Fprintf(&text, "# Client connections in the table\n\nMade by `make bench BENCH=scale`; best of %d rounds, each size in a process of its own.\n\n", *rounds)
-	for _, m := range describe("") {
-		fmt.Fprintf(&text, "- %s\n", m)
-	}
-	fmt.Fprintf(&text, `
-The engine alone, with its flow store in a file that is mapped shared: what a packet of an exchange (request, response, acknowledgment) costs it, without the kernel's part, which is some ten times that. *A thousand speak*: the packets are of a thousand clients, drawn at random, while the others are idle. *All speak*: they are of all clients, drawn at random, so that no cache holds them. *Memory* is the whole process, resident, with the flow store's. A record is %d bytes, with key, checksum and journal mark.
+	fmt.Fprintf(text, `
+## The engine alone
+
+Without a kernel, with its flow store in a file that is mapped shared: what a packet of an exchange (request, response, acknowledgment) costs the engine; the kernel's part is some ten times that. *A thousand speak*: the packets are of a thousand clients, drawn at random, while the others are idle. *All speak*: they are of all clients, drawn at random, so that no cache holds them. *Memory* is the whole process, resident, with the flow store's. A record is %d bytes, with key, checksum and journal mark. Best of %d rounds, each size in a process of its own.
 
 | clients | memory | for each | a thousand speak | ratio | all speak | ratio | the same, not read ahead | timers of the idle | connect and first exchange |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-`, flowstore.SlotSize[splice.Client]())
+`, flowstore.SlotSize[splice.Client](), rounds)
 	for _, s := range all {
-		fmt.Fprintf(&text, "| %d | %.0f MiB | %.0f | %.0f ns | %.2f | %.0f ns | %.2f | %.0f ns | %.3f %% | %.2f µs |\n",
+		fmt.Fprintf(text, "| %d | %.0f MiB | %.0f | %.0f ns | %.2f | %.0f ns | %.2f | %.0f ns | %.3f %% | %.2f µs |\n",
 			s.Flows, float64(s.Memory)/(1<<20), float64(s.Memory)/float64(s.Flows), s.Few, s.Few/all[0].Few, s.All, s.All/all[0].All, s.Blind, s.Idle/1e7, s.Opened/1000)
 	}
-	if _, err := io.WriteString(w, text.String()); err != nil || *out == "" {
-		return err
-	}
-	return os.WriteFile(filepath.Join(*out, "scale.md"), []byte(text.String()), 0o644)
+	return nil
 }
 
 var (
