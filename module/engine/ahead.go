@@ -33,7 +33,7 @@ func (e *Engine) Ahead(n int, packets func(i int) []byte) {
 	}
 	waste := e.clients.Warm(homes[:k])
 	for _, r := range homes[:k] {
-		waste += uint64(e.wheel.when[r]) + uint64(e.wheel.prev[r]) + uint64(e.wheel.succ[r])
+		waste += uint64(e.wheel.timers[r].when)
 	}
 	e.waste = waste
 }

@@ -145,7 +145,7 @@ const (
 
 // mirror brings the durable copy of a client's side up to date.
 func (e *Engine) mirror(table uint32, r splice.Ref) {
-	if table != clientTable || !e.clients.Live(r) {
+	if table != clientTable || !e.clients.Held(r) {
 		return
 	}
 	c := e.clients.Peek(r)

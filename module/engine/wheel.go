@@ -12,12 +12,18 @@ import "math/bits"
 // A record whose deadline moves later does not touch the wheel: when its timer
 // fires, the engine computes the true deadline and sets it again.
 type wheel struct {
-	when       []int64 // per timer: due time, 0 = not armed
-	prev, succ []int32 // per timer: list neighbours; negative = slot head
-	slot       [levels * slots]int32
-	busy       [levels][slots / 64]uint64
-	tick       int64 // the tick up to which timers have fired
-	armed      int
+	timers []timer
+	slot   [levels * slots]int32
+	busy   [levels][slots / 64]uint64
+	tick   int64 // the tick up to which timers have fired
+	armed  int
+}
+
+// timer is one of them. All of it lies in one line of cache: the timers of a
+// million clients are in none.
+type timer struct {
+	when       int64 // due time, 0 = not armed
+	prev, succ int32 // list neighbours; negative = slot head
 }
 
 const (
@@ -28,24 +34,23 @@ const (
 )
 
 func (w *wheel) init(n int) {
-	w.when = make([]int64, n)
-	w.prev = make([]int32, n)
-	w.succ = make([]int32, n)
+	w.timers = make([]timer, n)
 	for i := range w.slot {
 		w.slot[i] = nobody
 	}
 }
 
 // at returns the due time of a timer, 0 when it is not armed.
-func (w *wheel) at(id uint32) int64 { return w.when[id] }
+func (w *wheel) at(id uint32) int64 { return w.timers[id].when }
 
 // set arms a timer, wherever it stood before. A time that has passed fires at
 // the next advance.
 func (w *wheel) set(id uint32, when int64) {
-	if w.when[id] != 0 {
+	x := &w.timers[id]
+	if x.when != 0 {
 		w.clear(id)
 	}
-	w.when[id] = max(when, 1)
+	x.when = max(when, 1)
 	w.armed++
 	w.link(id, w.tick+1)
 }
@@ -54,7 +59,8 @@ func (w *wheel) set(id uint32, when int64) {
 // tick earliest.
 func (w *wheel) link(id uint32, earliest int64) {
 	// Round up: a timer never fires early.
-	t := max((w.when[id]+tickNanos-1)/tickNanos, earliest)
+	x := &w.timers[id]
+	t := max((x.when+tickNanos-1)/tickNanos, earliest)
 	d := t - w.tick
 	level := 0
 	for level < levels-1 && d >= 1<<(8*(level+1)) {
@@ -65,10 +71,9 @@ func (w *wheel) link(id uint32, earliest int64) {
 	}
 	i := level*slots + int(t>>(8*level))&(slots-1)
 	first := w.slot[i]
-	w.prev[id] = int32(-1 - i)
-	w.succ[id] = first
+	x.prev, x.succ = int32(-1-i), first
 	if first != nobody {
-		w.prev[first] = int32(id)
+		w.timers[first].prev = int32(id)
 	}
 	w.slot[i] = int32(id)
 	w.busy[level][i%slots/64] |= 1 << (i % 64)
@@ -76,21 +81,22 @@ func (w *wheel) link(id uint32, earliest int64) {
 
 // clear disarms a timer.
 func (w *wheel) clear(id uint32) {
-	if w.when[id] == 0 {
+	x := &w.timers[id]
+	if x.when == 0 {
 		return
 	}
 	w.unlink(id)
-	w.when[id] = 0
+	x.when = 0
 	w.armed--
 }
 
 func (w *wheel) unlink(id uint32) {
-	p, n := w.prev[id], w.succ[id]
+	p, n := w.timers[id].prev, w.timers[id].succ
 	if n != nobody {
-		w.prev[n] = p
+		w.timers[n].prev = p
 	}
 	if p >= 0 {
-		w.succ[p] = n
+		w.timers[p].succ = n
 		return
 	}
 	i := int(-1 - p)
@@ -123,7 +129,7 @@ func (w *wheel) pop(now int64) (id uint32, ok bool) {
 // fires reports whether the timer at the head of the present slot of level 0
 // is due: with a wheel of 256 ticks all timers of the slot are.
 func (w *wheel) fires(id uint32) bool {
-	return (w.when[id]+tickNanos-1)/tickNanos <= w.tick
+	return (w.timers[id].when+tickNanos-1)/tickNanos <= w.tick
 }
 
 // step moves to the next tick that has work, at most to target, and brings

@@ -38,13 +38,19 @@ type Table[T any] struct {
 	j     *Journal
 	sec   *Section
 	high  Ref      // records up to here have been in use
-	hash  []uint32 // low half of the key's hash, per ref
 	live  []uint64 // bitmap of used refs
 	free  []Ref    // stack of unused refs up to high
-	index []Ref    // open addressing, linear probing; 0 = empty
+	index []place  // open addressing, linear probing
 	mask  uint32
 	seed  uint64
 	n     int
+}
+
+// place is an entry of the index. A search compares hashes here, so that it
+// waits for one line of cache before that of the record.
+type place struct {
+	ref  Ref    // 0 = empty
+	hash uint32 // low half of the key's hash
 }
 
 // slot is a record with its key as it stands in memory.
@@ -90,10 +96,9 @@ func newTable[T any](capacity int, seed uint64) *Table[T] {
 	capacity = max(capacity, 1)
 	size := 1 << bits.Len(uint(2*capacity-1))
 	return &Table[T]{
-		hash:  make([]uint32, capacity+1),
 		live:  make([]uint64, (capacity+64)/64),
 		free:  make([]Ref, 0, 64),
-		index: make([]Ref, size),
+		index: make([]place, size),
 		mask:  uint32(size - 1),
 		seed:  seed,
 	}
@@ -147,16 +152,20 @@ func (t *Table[T]) Live(r Ref) bool {
 	return r != 0 && int(r) < len(t.slots) && t.live[r/64]&(1<<(r%64)) != 0
 }
 
+// Held is Live for a record that the step under way has touched: it looks at
+// the record alone.
+func (t *Table[T]) Held(r Ref) bool { return t.slots[r].used != 0 }
+
 // Lookup returns the Ref of a 4-tuple, or 0.
 func (t *Table[T]) Lookup(k *packet.Tuple) Ref {
 	h := uint32(k.Hash(t.seed))
 	for i := h & t.mask; ; i = (i + 1) & t.mask {
-		r := t.index[i]
-		if r == 0 {
+		p := t.index[i]
+		if p.ref == 0 {
 			return 0
 		}
-		if t.hash[r] == h && t.slots[r].key == *k {
-			return r
+		if p.hash == h && t.slots[p.ref].key == *k {
+			return p.ref
 		}
 	}
 }
@@ -189,11 +198,10 @@ func (t *Table[T]) Insert(k *packet.Tuple) Ref {
 func (t *Table[T]) link(r Ref, k *packet.Tuple) {
 	h := uint32(k.Hash(t.seed))
 	i := h & t.mask
-	for t.index[i] != 0 {
+	for t.index[i].ref != 0 {
 		i = (i + 1) & t.mask
 	}
-	t.index[i] = r
-	t.hash[r] = h
+	t.index[i] = place{r, h}
 	t.live[r/64] |= 1 << (r % 64)
 	t.n++
 }
@@ -203,8 +211,9 @@ func (t *Table[T]) Remove(r Ref) {
 	if !t.Live(r) {
 		return
 	}
-	i := t.hash[r] & t.mask
-	for t.index[i] != r {
+	// A key that others wrote into only makes the search longer.
+	i := uint32(t.slots[r].key.Hash(t.seed)) & t.mask
+	for t.index[i].ref != r {
 		i = (i + 1) & t.mask
 	}
 	// Close the gap by moving back what was pushed past it (Knuth, 6.4 R), so
@@ -212,16 +221,16 @@ func (t *Table[T]) Remove(r Ref) {
 	for j := i; ; {
 		j = (j + 1) & t.mask
 		s := t.index[j]
-		if s == 0 {
+		if s.ref == 0 {
 			break
 		}
-		home := t.hash[s] & t.mask
+		home := s.hash & t.mask
 		if (j-home)&t.mask >= (j-i)&t.mask {
 			t.index[i] = s
 			i = j
 		}
 	}
-	t.index[i] = 0
+	t.index[i] = place{}
 	t.live[r/64] &^= 1 << (r % 64)
 	t.touch(r).used = 0
 	t.free = append(t.free, r)

@@ -25,21 +25,18 @@ func (t *Table[T]) Home(k *packet.Tuple) uint32 { return uint32(k.Hash(t.seed)) 
 func (t *Table[T]) Warm(homes []uint32) (waste uint64) {
 	// Each loop's reads do not wait for each other.
 	for _, h := range homes {
-		waste += uint64(t.index[h&t.mask])
-	}
-	for _, h := range homes {
-		waste += uint64(t.hash[t.index[h&t.mask]])
+		waste += uint64(t.index[h&t.mask].ref)
 	}
 	size := unsafe.Sizeof(t.slots[0])
 	for n, h := range homes {
 		homes[n] = 0
-		for i := h & t.mask; t.index[i] != 0; i = (i + 1) & t.mask {
-			r := t.index[i]
-			if t.hash[r] != h {
+		for i := h & t.mask; t.index[i].ref != 0; i = (i + 1) & t.mask {
+			p := t.index[i]
+			if p.hash != h {
 				continue
 			}
-			homes[n] = uint32(r)
-			s := unsafe.Pointer(&t.slots[r])
+			homes[n] = uint32(p.ref)
+			s := unsafe.Pointer(&t.slots[p.ref])
 			for off := uintptr(0); off < size; off += cacheLine {
 				waste += uint64(*(*uint32)(unsafe.Add(s, off)))
 			}
