@@ -46,12 +46,12 @@ func (e *Engine) clientDeadline(r splice.Ref, c *splice.Client) int64 {
 	case splice.ClientSpliced:
 		last, quiet := c.Last, t.Response
 		if c.Srv != 0 {
-			v := e.servers.At(c.Srv)
+			v := e.servers.Peek(c.Srv)
 			last, quiet = e.since(max(last, v.Last)), e.patience(c, v)
 		}
 		d = min(d, last+quiet)
 		if c.Srv != 0 {
-			d = min(d, e.unacknowledged(c, e.servers.At(c.Srv)))
+			d = min(d, e.unacknowledged(c, e.servers.Peek(c.Srv)))
 		}
 		if c.SndUna != c.SndNxt {
 			d = min(d, c.Last+2*quiet)
@@ -166,13 +166,26 @@ func (e *Engine) advance() {
 				e.armSweep()
 			}
 		case id <= uint32(e.opt.Clients):
-			if r := splice.Ref(id); e.clients.Live(r) {
-				e.clientFires(r, e.clients.At(r))
+			r := splice.Ref(id)
+			if !e.clients.Live(r) {
+				break
 			}
+			if c := e.clients.Peek(r); e.now < e.clientDeadline(r, c) {
+				// It moved since: the record, which is in no cache, stays as it is.
+				e.touchClient(r, c)
+				continue
+			}
+			e.clientFires(r, e.clients.At(r))
 		default:
-			if s := splice.Ref(id - uint32(e.opt.Clients)); e.servers.Live(s) {
-				e.serverFires(s, e.servers.At(s))
+			s := splice.Ref(id - uint32(e.opt.Clients))
+			if !e.servers.Live(s) {
+				break
 			}
+			if v := e.servers.Peek(s); e.now < e.serverDeadline(v) {
+				e.touchServer(s, v)
+				continue
+			}
+			e.serverFires(s, e.servers.At(s))
 		}
 		e.payOwed()
 		e.commit()
@@ -181,10 +194,6 @@ func (e *Engine) advance() {
 
 // clientFires does what is due for a client and sets the timer again.
 func (e *Engine) clientFires(r splice.Ref, c *splice.Client) {
-	if e.now < e.clientDeadline(r, c) {
-		e.touchClient(r, c)
-		return
-	}
 	t := e.timeouts(c.Farm)
 	due := c.Due != 0 && c.Due <= e.now
 	if due {
@@ -313,10 +322,6 @@ func (e *Engine) silent(r splice.Ref, c *splice.Client, s splice.Ref, v *splice.
 
 // serverFires does what is due for a server connection.
 func (e *Engine) serverFires(s splice.Ref, v *splice.Server) {
-	if e.now < e.serverDeadline(v) {
-		e.touchServer(s, v)
-		return
-	}
 	due := v.Due != 0 && v.Due <= e.now
 	if due {
 		v.Due = 0
