@@ -6,8 +6,8 @@
 // through each of its queue backends.
 //
 // Other programs in it, by the first argument: loss (downloads over a bad
-// link), scale (a million connections in the engine's table), start (a thousand
-// farms), gc (what the collector does to requests).
+// link), scale (a million connections in the table), start (a thousand farms),
+// gc (what the collector does to requests).
 //
 // It builds its network out of namespaces, as the tests do, and leaves
 // nothing but its report. It judges nothing: what counts are ratios between

@@ -31,6 +31,32 @@ func seed(t *testing.T) *rand.Rand {
 	return rand.New(rand.NewPCG(s, 1))
 }
 
+// TestRemoveDamaged: a record whose key others wrote into can be removed, and the
+// others are found as before.
+func TestRemoveDamaged(t *testing.T) {
+	tab := New[uint32](100, 7)
+	var refs []Ref
+	for i := range uint32(100) {
+		k := tuple(i + 1)
+		refs = append(refs, tab.Insert(&k))
+	}
+	tab.Key(refs[50]).Src.Port ^= 0x5555
+	tab.Remove(refs[50])
+	if tab.Held(refs[50]) || tab.Live(refs[50]) || tab.Len() != 99 {
+		t.Errorf("it is still there, one of %d", tab.Len())
+	}
+	for i := range uint32(100) {
+		k := tuple(i + 1)
+		want := refs[i]
+		if i == 50 {
+			want = 0
+		}
+		if r := tab.Lookup(&k); r != want {
+			t.Errorf("record %d is %d, want %d", i, r, want)
+		}
+	}
+}
+
 // The table must answer like a Go map under random inserts and removals, with
 // an index so full that chains are long and wrap.
 func TestTableLikeMap(t *testing.T) {
