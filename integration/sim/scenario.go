@@ -155,7 +155,8 @@ type Scenario struct {
 	// what the memory holds at that instant.
 	Kills float64
 	// Kill is one death at a certain instant, beside those.
-	Kill Kill
+	Kill  Kill
+	Stall Stall
 	// Strict forbids every reset that no plan accounts for.
 	Strict bool
 }
@@ -380,9 +381,9 @@ func randomConn(r *rand.Rand, spread int64, clean bool) ConnPlan {
 		Host: r.IntN(4), Start: r.Int64N(spread), Opt: randomOptions(r), Pipeline: 1, Pieces: 1,
 	}
 	if r.IntN(8) == 0 {
-		// A cookie lives for 8 to 16 s: who loses the acknowledgment of the
+		// A cookie lives for 24 to 32 s: who loses the acknowledgment of the
 		// handshake and asks later than that is refused.
-		p.Wait = r.Int64N(5 * second)
+		p.Wait = r.Int64N(15 * second)
 		if clean {
 			p.Wait = r.Int64N(40 * second)
 		}

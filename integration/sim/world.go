@@ -59,6 +59,8 @@ type Result struct {
 	// Of the nemesis: deaths, those in the middle of a step, records that were
 	// put back, connections that could not go on.
 	Kills, Inside, Undone, Lost int
+	// Of a Stall: packets that found a queue full, and those in the longest one.
+	Overflow, Peak int
 }
 
 // startTime is when a run begins: not 0, because 0 often means "never".
@@ -121,6 +123,7 @@ type World struct {
 	mem      *flowstore.Memory // what outlives the engine
 	syns     *flowstore.Memory // that of the handshakes
 	nemesis  nemesis
+	stall    stall
 }
 
 func (w *World) after(d int64, do func()) { w.q.push(happening{at: w.now + d, do: do}) }
@@ -205,6 +208,7 @@ func NewWorld(s *Scenario, h Hooks) *World {
 			c.schedule(c.plan.Start)
 		}
 	}
+	w.stall.plan(w)
 	if h.Built != nil {
 		h.Built(w)
 	}
@@ -320,7 +324,7 @@ func (w *World) advance(limit int64) bool {
 	if len(w.q.items) > 0 {
 		at = w.q.items[0].at
 	}
-	if due := w.eng.NextDue(); due != 0 && (at < 0 || due <= at) {
+	if due := w.eng.NextDue(); due != 0 && (at < 0 || due <= at) && !w.stall.on {
 		if due > limit {
 			return false
 		}
@@ -385,6 +389,13 @@ func (w *World) toEngine(d Direction, p *parcel) {
 	if w.Hooks.Arriving != nil {
 		p.b = w.Hooks.Arriving(w, d, p.b)
 	}
+	if !w.stall.takes(w, d, p) {
+		w.handle(d, p)
+	}
+}
+
+// handle lets the engine handle what it has taken from a queue.
+func (w *World) handle(d Direction, p *parcel) {
 	if w.Scenario.mortal() && w.nemesis.lost() {
 		return // it waited for the engine that died
 	}
@@ -608,6 +619,7 @@ func (w *World) finish() {
 	for i := range r.Counters {
 		r.Counters[i] = w.eng.Count.Get(engine.Reason(i))
 	}
+	r.Overflow, r.Peak = w.stall.overflow, w.stall.peak
 	r.Kills, r.Inside, r.Undone, r.Lost = w.nemesis.kills, w.nemesis.inside, w.nemesis.undone, w.nemesis.lostBy
 	f := w.db.Farms[0]
 	r.Opened, r.Reused = f.Stats.Opened.Load(), f.Stats.Reused.Load()

@@ -23,10 +23,13 @@ import (
 //
 // scale is the client's window shift (15 = none), MSS its class, S says
 // SACK-permitted. The MAC is SipHash-2-4, which a BPF program can compute too.
-// A cookie lives for the slot in which it was made and the next one.
+// A cookie lives for the slot in which it was made and the next three, 24 to
+// 32 seconds: so late may the first segment come of a client whose
+// acknowledgment of the handshake was lost, or waited in a queue while nobody
+// read it.
 const (
 	slotNanos   = 8 * second
-	cookieSlots = 2
+	cookieSlots = 4
 	embryoLife  = 60 // seconds that a preconnected client may take to ask
 	// tombLife exceeds the life of every cookie that could have opened the
 	// connection (SPLICING.md, incarnations).
@@ -127,8 +130,8 @@ func (m *MACCookies) Check(t packet.Tuple, isn, iss packet.Seq, now int64) (uint
 // several goroutines: the SYN thread answers, the shards check.
 //
 // Because 24 bits of MAC can be guessed, a cookie counts only if a SYN of the
-// 4-tuple and ISN was really answered in its slot or the one before: two
-// bitmaps, one per slot parity, remember that.
+// 4-tuple and ISN was really answered in one of the slots of its life: a ring of
+// bitmaps, one per slot, remembers that.
 type Handshake struct {
 	Cookies Cookies
 	// MSS4 and MSS6 are announced to clients, by family.
@@ -263,14 +266,7 @@ func (h *Handshake) SYN(now int64, b []byte, st packet.ChecksumState, out *Outpu
 // within the life of a cookie. Then a segment that fits nothing may only have
 // overtaken the first one, and must not be reset.
 func (h *Handshake) Recent(t *packet.Tuple, now int64) bool {
-	word, bit := bitOf(t, 0)
-	slot := now / slotNanos
-	for i := range int64(cookieSlots) {
-		if g := &h.seen[(slot-i)%cookieSlots]; g.slot.Load() == slot-i && g.bits[word].Load()&(1<<bit) != 0 {
-			return true
-		}
-	}
-	return false
+	return h.seenSince(t, 0, now)
 }
 
 // RTT is the time since the SYN of this tuple and ISN was answered, in
@@ -287,18 +283,25 @@ func (h *Handshake) RTT(t *packet.Tuple, isn packet.Seq, now int64) int64 {
 // Validate says whether a segment with these numbers answers a SYN-ACK of
 // ours.
 func (h *Handshake) Validate(t *packet.Tuple, isn, iss packet.Seq, now int64) (options, bool) {
-	opt, ok := h.Cookies.Check(*t, isn, iss, now)
-	if !ok {
+	// The bits come first: of a segment that belongs to nothing they say so for
+	// less than a MAC costs.
+	if h.Strict.Load() && !h.seenSince(t, isn, now) {
 		return 0, false
 	}
-	if h.Strict.Load() {
-		word, bit := bitOf(t, isn)
-		slot := now / slotNanos
-		ok = false
-		for i := range int64(cookieSlots) {
-			g := &h.seen[(slot-i)%cookieSlots]
-			ok = ok || (g.slot.Load() == slot-i && g.bits[word].Load()&(1<<bit) != 0)
+	opt, ok := h.Cookies.Check(*t, isn, iss, now)
+	return options(opt), ok
+}
+
+// seenSince says whether a SYN of the 4-tuple and ISN was answered within the
+// life of a cookie; ISN 0 stands for any. Bits are shared: it may have been
+// another.
+func (h *Handshake) seenSince(t *packet.Tuple, isn packet.Seq, now int64) bool {
+	word, bit := bitOf(t, isn)
+	slot := now / slotNanos
+	for s := slot; s > slot-cookieSlots && s >= 0; s-- {
+		if g := &h.seen[s%cookieSlots]; g.slot.Load() == s && g.bits[word].Load()&(1<<bit) != 0 {
+			return true
 		}
 	}
-	return options(opt), ok
+	return false
 }

@@ -210,7 +210,10 @@ func New(opt Options, db *farm.DB) *Engine {
 }
 
 func embryoPlaces(opt Options) int { return max(opt.Clients/4, 1024) }
-func tombPlaces(opt Options) int   { return max(opt.Clients, 1024) }
+
+// tombPlaces is for 14,500 connections a second, each over at once, with the
+// default number of clients.
+func tombPlaces(opt Options) int { return max(2*opt.Clients, 1024) }
 
 func newEngine(opt Options, db *farm.DB) *Engine {
 	if opt.Limits == (http1.Limits{}) {

@@ -143,7 +143,7 @@ func TestQuestionBusy(t *testing.T) {
 // those that were evicted are reset, and the youngest can still ask.
 func TestEmbryoLimit(t *testing.T) {
 	const room = 1024 // of the ring, for the rig's table
-	for _, wait := range []int64{second, 20 * second} {
+	for _, wait := range []int64{second, cookieAtMost + 4*second} {
 		g := newRig(t, oneServer, keepIdle, small(func(p *farm.PoolLimits) { p.MaxConnections, p.MaxConnecting = 0, 0 }))
 		g.shrink(3*room, 3*room, 3*room)
 		goOn := established(g)
@@ -185,7 +185,7 @@ func TestEmbryoLimit(t *testing.T) {
 			g.now += 2 * millisecond
 		}
 		want := 2 * room
-		if wait > 16*second {
+		if wait > cookieAtMost {
 			want = room
 		}
 		if served != want || reset != 2*room-want {
@@ -199,7 +199,7 @@ func TestEmbryoLimit(t *testing.T) {
 // TestTombstoneLimit: twice as many connections end as are remembered. The
 // established one goes on, newcomers are served, and it is counted.
 func TestTombstoneLimit(t *testing.T) {
-	const room = 1024
+	const room = 2000 // for the rig's table
 	g := newRig(t, oneServer, keepIdle)
 	g.iss = []packet.Seq{1999}
 	goOn := established(g)

@@ -302,7 +302,7 @@ func (g *rig) open(client netip.AddrPort, isn, iss packet.Seq) (seq, ack packet.
 // server connections.
 func (g *rig) idle(servers int) {
 	g.t.Helper()
-	g.wait(lingerTime + 30*second)
+	g.wait(max(lingerTime, (int64(tombLife)+1)*second) + 30*second)
 	u := g.e.Usage()
 	if u.Clients != 0 || u.Held != 0 || u.Waiting != 0 || u.Servers != servers || u.Idle != servers || u.Tombs != 0 {
 		g.t.Errorf("not at the baseline (INV-9), want %d idle server connections: %+v", servers, u)

@@ -10,7 +10,7 @@ import (
 // RecordVersion changes whenever a record gets another field. A program reads
 // the records of its own version, of the one before and of the one after, see
 // reserve.
-const RecordVersion = next + 5
+const RecordVersion = next + 7
 
 // Ref names a record of a flow table; 0 is none.
 type Ref uint32
