@@ -269,6 +269,7 @@ func (m *Module) Run(ctx context.Context) (err error) {
 	if err := m.openQueues(&params, &give); err != nil {
 		return err
 	}
+	processors(len(m.shards))
 	m.recallDrains(&params)
 	m.recallCounters()
 	m.seen = newObserver(m)
