@@ -235,8 +235,16 @@ func (w *Watcher) run(ctx context.Context, on func(Event)) error {
 	if w.guardErr != nil {
 		on(Event{Kind: Unguarded, Err: w.guardErr})
 	}
-	stop := context.AfterFunc(ctx, func() { _ = w.nl.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
+	woken := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(woken)
+		_ = w.nl.SetReadDeadline(time.Unix(1, 0))
+	})
+	defer func() {
+		if !stop() {
+			<-woken // The caller may close it all.
+		}
+	}()
 	for ctx.Err() == nil {
 		s.due()
 		deadline := s.next()

@@ -4,6 +4,7 @@ package nft
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"regexp"
@@ -66,6 +67,26 @@ func ourRules(t *testing.T) string {
 	t.Helper()
 	list := nftList(t, "table", "inet", "weir")
 	return regexp.MustCompile(`packets \d+ bytes \d+`).ReplaceAllString(list, "")
+}
+
+// TestWatchEndsWhole: when Run has returned, nothing of it is at work any more:
+// what it used is closed then.
+func TestWatchEndsWhole(t *testing.T) {
+	newNetns(t)
+	k := probed(t)
+	k.Owner = true // no guard, which takes time
+	f := install(t, fixed(1), k, nil)
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel() // a start that fails right after this one
+	for range 300 {
+		w, err := f.Watcher()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(w.Run(ctx, func(Event) {}), w.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 // TestWatchRestores: whatever somebody does to a table that is not owned, it is
