@@ -3,6 +3,7 @@
 package module
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -35,6 +36,7 @@ type keeping struct {
 	sync.Mutex
 	dir    string
 	state  kept
+	disk   []byte // the file "instance" as this process knows it
 	stores []*flowstore.Memory
 	// heir: there was a predecessor, and what it left is worth something.
 	heir bool
@@ -100,7 +102,7 @@ func (m *Module) recall(give *undo) error {
 		return m.forget("the file \"instance\" is damaged: it is from the future")
 	}
 	k.discard = false
-	k.state, k.heir = old, true
+	k.state, k.disk, k.heir = old, b, true
 	copy(m.secret[:], secret)
 	m.clock = clock{time.Now(), old.Clock + flowstore.HostTime() - old.Since}
 	m.recallSnapshots()
@@ -132,6 +134,7 @@ func (m *Module) forget(why string) error {
 			_ = os.RemoveAll(p)
 		}
 	}
+	k.disk = nil
 	k.state = kept{
 		Version: keptVersion, Boot: flowstore.HostLife(), Clock: m.clock.now(), Since: flowstore.HostTime(), Secret: hex.EncodeToString(m.secret[:]),
 	}
@@ -144,7 +147,8 @@ func (m *Module) refused(why string) {
 }
 
 // remember writes down what the numbers of a database mean, before records
-// use them.
+// use them. What is there already is not written again: that needs room, and a
+// successor must not be lost for want of it.
 func (m *Module) remember(db *farm.DB) error {
 	k := &m.keep
 	if k.dir == "" {
@@ -154,10 +158,14 @@ func (m *Module) remember(db *farm.DB) error {
 	defer k.Unlock()
 	k.state.Numbers = db.Numbers()
 	b, err := seal(&k.state)
-	if err != nil {
+	if err != nil || bytes.Equal(b, k.disk) {
 		return err
 	}
-	return replaceFile(filepath.Join(k.dir, "instance"), b)
+	if err := replaceFile(filepath.Join(k.dir, "instance"), b); err != nil {
+		return err
+	}
+	k.disk = b
+	return nil
 }
 
 // sealed is how the small files are written: a changed digit would still be
@@ -196,6 +204,7 @@ func sum(b []byte) string {
 // replaceFile writes a file so that a reader finds the old or the new one.
 func replaceFile(path string, b []byte) error {
 	if err := os.WriteFile(path+".new", b, 0o600); err != nil {
+		_ = os.Remove(path + ".new") // Where there is little room, half of a file takes the rest.
 		return fmt.Errorf("runtime_dir: %w", err)
 	}
 	err := os.Rename(path+".new", path)
@@ -225,15 +234,19 @@ func (m *Module) store(name string) *flowstore.Memory {
 		m.refused(fmt.Sprintf("the file %q is missing or empty", name))
 	}
 	if err != nil {
-		m.noStore(err)
+		m.noStore(name, err)
 		return nil
 	}
 	k.stores = append(k.stores, mem)
 	return mem
 }
 
-func (m *Module) noStore(err error) {
-	m.log.Warn("connections will not survive this process: there is no place for the flow store in runtime_dir", "error", err)
+// noStore tells that there is no store of this name. What may lie there is
+// removed: it takes room, and a successor must not believe it.
+func (m *Module) noStore(name string, err error) {
+	const text = "connections will not survive this process: there is no place for the flow store in runtime_dir"
+	m.event(control.Event{Name: control.EventNoStore, Level: control.LevelWarn, Text: text + ": " + err.Error()})
+	_ = os.RemoveAll(filepath.Join(m.keep.dir, name))
 }
 
 // shardEngine makes the engine of a shard and takes over what is there.
@@ -254,7 +267,7 @@ func (m *Module) shardEngine(opt engine.Options) (*engine.Engine, *flowstore.Mem
 		m.keep.stores = m.keep.stores[:len(m.keep.stores)-1]
 		mem.Close()
 		if !errors.Is(err, flowstore.ErrRefused) {
-			m.noStore(err)
+			m.noStore(name, err)
 			break
 		}
 		m.refused(err.Error())
@@ -277,7 +290,7 @@ func (m *Module) keepHandshakes() {
 		m.keep.stores = m.keep.stores[:len(m.keep.stores)-1]
 		mem.Close()
 		if !errors.Is(err, flowstore.ErrRefused) {
-			m.noStore(err)
+			m.noStore("handshakes", err)
 			return
 		}
 		m.refused(err.Error())

@@ -115,7 +115,7 @@ func (l *leavers) ServeHTTP(w http.ResponseWriter, q *http.Request) {
 	x := l.find(q)
 	switch {
 	case x == nil:
-		fmt.Fprintln(w, "has "+q.URL.Path)
+		http.NotFound(w, q)
 	case x.upload:
 		var e endless
 		if err := e.read(q.Body, &x.came); err != nil {
@@ -211,6 +211,18 @@ func (l *leavers) flow(when string) {
 			}
 			return x.came.Load() > before+20<<10
 		})
+	}
+}
+
+// finish lets every exchange come to its end.
+func (l *leavers) finish() {
+	l.r.t.Helper()
+	for _, x := range l.all {
+		close(x.enough)
+		if err := <-x.end; err != nil {
+			l.r.t.Errorf("%s: %v", x.name, err)
+		}
+		l.r.t.Logf("%s: %d bytes", x.name, x.came.Load())
 	}
 }
 
@@ -339,13 +351,7 @@ func (d departure) run(r *rig) {
 			}
 		}
 	}
-	for _, x := range l.all {
-		close(x.enough)
-		if err := <-x.end; err != nil {
-			t.Errorf("%s: %v", x.name, err)
-		}
-		t.Logf("%s: %d bytes", x.name, x.came.Load())
-	}
+	l.finish()
 	type event struct {
 		Name, Farm, Server string
 	}

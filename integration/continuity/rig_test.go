@@ -36,7 +36,8 @@ type rig struct {
 	w      *lab.Weir
 
 	servers []*lab.Server
-	posts   posts // of the load
+	posts   posts    // of the load
+	streams *leavers // set before weir is started, if at all
 }
 
 // newRig builds the standard topology, with servers that answer with their
@@ -61,7 +62,10 @@ func newRig(t *testing.T, o lab.FarmOptions) *rig {
 	r.must(err)
 	for i, h := range r.Servers {
 		s, err := lab.HTTPServer(h, r.Server(i).String(), http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
-			if !r.posts.serve(w, q) {
+			switch {
+			case r.streams != nil && r.streams.find(q) != nil:
+				r.streams.ServeHTTP(w, q)
+			case !r.posts.serve(w, q):
 				fmt.Fprintf(w, "%s has %s", h.Name(), q.URL.Path)
 			}
 		}))

@@ -27,6 +27,7 @@ type Event struct {
 const (
 	EventReady           = "ready"
 	EventTakeover        = "takeover"
+	EventNoStore         = "no-store" // connections will not outlive the process
 	EventStopping        = "stopping"
 	EventReloaded        = "reloaded"
 	EventReloadRefused   = "reload-refused"

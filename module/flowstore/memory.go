@@ -40,7 +40,7 @@ type Section struct {
 	ready int // bytes that may be touched
 	file  *os.File
 	at    int64
-	fails bool       // an extension failed; do not ask at every packet
+	fails int        // times that Ensure was asked in vain since an extension failed
 	note  *readyMark // where a successor reads ready
 	used  int        // of a sparse section in ordinary memory
 }
@@ -97,6 +97,9 @@ const (
 	page          = 4096
 	// extendBy is how much memory a section gets at once.
 	extendBy = 1 << 20
+	// askAgain is how often more memory is asked for until the kernel is asked
+	// again after it had none.
+	askAgain = 256
 )
 
 // ErrRefused says that a file is not one of ours, is of another version or of
@@ -374,7 +377,12 @@ func (m *Memory) mapped(start int64, size int, found bool) (*Section, error) {
 func (s *Section) Ensure(n int) bool { return n <= s.ready || s.extend(n) }
 
 func (s *Section) extend(n int) bool {
-	if n > len(s.b) || s.fails {
+	if n > len(s.b) {
+		return false
+	}
+	// Not at every packet, but there may be room again.
+	if s.fails > 0 && s.fails < askAgain {
+		s.fails++
 		return false
 	}
 	to := min((n+extendBy-1)&^(extendBy-1), len(s.b))
@@ -383,10 +391,10 @@ func (s *Section) extend(n int) bool {
 		return true
 	}
 	if err := unix.Fallocate(int(s.file.Fd()), 0, s.at+int64(s.ready), int64(to-s.ready)); err != nil {
-		s.fails = true
+		s.fails = 1
 		return false
 	}
-	s.ready = to
+	s.ready, s.fails = to, 0
 	s.note.set(int64(to))
 	return true
 }

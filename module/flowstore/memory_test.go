@@ -6,8 +6,13 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"testing"
+	"unsafe"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/weirgate/weir/internal/require"
 	"github.com/weirgate/weir/module/packet"
 )
 
@@ -176,5 +181,168 @@ func TestDamagedFile(t *testing.T) {
 	t.Logf("%d files of 400 refused, %d records taken", refused, taken)
 	if refused == 0 || taken == 0 {
 		t.Error("the test shows nothing")
+	}
+}
+
+// tight is a directory in a small file system.
+func tight(t *testing.T) string {
+	t.Helper()
+	require.Netns(t) // whose rights are those of a mount, too
+	dir := t.TempDir()
+	if err := unix.Mount("weir-room", dir, "tmpfs", 0, "size=4m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+// fill leaves no room there.
+func fill(t *testing.T, dir string) {
+	t.Helper()
+	f, err := os.Create(filepath.Join(dir, "other"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for b := make([]byte, 4096); err == nil; {
+		_, err = f.Write(b)
+	}
+	if !errors.Is(err, unix.ENOSPC) {
+		t.Fatal(err)
+	}
+}
+
+// faults tells whether the process would die of a store.
+func faults(b *byte) (fault bool) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() { fault = recover() != nil }()
+	*b = 1
+	return false
+}
+
+// TestRoom: a table in a full file system takes no more records, keeps those
+// that it has, and grows again when there is room.
+func TestRoom(t *testing.T) {
+	dir := tight(t)
+	m, j, tab, err := kept(filepath.Join(dir, "shard0"), 5, 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fill(t, dir)
+	n := uint32(0)
+	insert := func() bool {
+		k := tuple(n + 1)
+		r := tab.Insert(&k)
+		if r == 0 {
+			return false
+		}
+		tab.At(r).A = uint64(n)
+		j.Commit(nil)
+		n++
+		return true
+	}
+	for insert() {
+		if n == 1<<20 {
+			t.Fatal("there was room for all")
+		}
+	}
+	if n < 1000 {
+		t.Errorf("only %d records", n)
+	}
+	// A record that was believed to have memory would be the end.
+	if !faults(&tab.sec.b[tab.sec.ready]) {
+		t.Error("memory that nobody has asked for is there: this test shows nothing")
+	}
+	for range 3 * askAgain {
+		if insert() {
+			t.Fatal("there is no room, and a record more")
+		}
+	}
+	if err := os.Remove(filepath.Join(dir, "other")); err != nil {
+		t.Fatal(err)
+	}
+	full := n
+	for range askAgain {
+		insert()
+	}
+	if n == full {
+		t.Errorf("there is room again, and %d records, as before", n)
+	}
+	fill(t, dir)
+	if err := m.Close(); err != nil {
+		t.Fatal(err)
+	}
+	// What is there needs no room to be taken over.
+	if m, _, tab, err = kept(filepath.Join(dir, "shard0"), 5, 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	if got := tab.Recover(believe); got != (Recovered{Taken: int(n)}) {
+		t.Errorf("%+v of %d records", got, n)
+	}
+}
+
+// TestRingRoom: what a successor does with a ring touches nothing that has no
+// memory, whether the ring came round or not.
+func TestRingRoom(t *testing.T) {
+	const capacity, life = 1 << 20, 100
+	for name, c := range map[string]struct{ puts, least int }{
+		"a few":      {10, 10},
+		"come round": {1<<20/int(unsafe.Sizeof(Brief{})) + 1000, 1<<20/int(unsafe.Sizeof(Brief{})) - 10},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := tight(t)
+			path := filepath.Join(dir, "shard0")
+			open := func() (*Memory, *Ring) {
+				t.Helper()
+				m, err := Open(path, 5)
+				if err != nil {
+					t.Fatal(err)
+				}
+				g, err := NewRingIn(m, 1, capacity, life, 1)
+				if err != nil {
+					t.Fatal(err)
+				}
+				m.Complete()
+				return m, g
+			}
+			m, g := open()
+			fill(t, dir)
+			for i := range c.puts {
+				g.Put(Brief{Key: tuple(uint32(i + 1))}, 1000)
+			}
+			if err := m.Close(); err != nil {
+				t.Fatal(err)
+			}
+			m, g = open()
+			defer m.Close()
+			defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+			if n := g.Recover(1001); n < c.least || n > c.puts {
+				t.Errorf("%d of %d entries", n, c.puts)
+			}
+			for i := range 100 {
+				k := tuple(uint32(c.puts - i%10))
+				if g.Get(&k, 1001) == nil {
+					t.Fatalf("an entry is lost")
+				}
+				g.Put(Brief{Key: tuple(uint32(1<<24 + i))}, 1001)
+			}
+			if g.Expire(1000 + life); g.Len() != 100 {
+				t.Errorf("%d entries, want 100", g.Len())
+			}
+			if g.Expire(1001 + life); g.Len() != 0 {
+				t.Errorf("%d entries are left", g.Len())
+			}
+			for i := range c.puts {
+				g.Put(Brief{Key: tuple(uint32(i + 1))}, 2000)
+			}
+			if g.Expire(2000 + life); g.Len() != 0 {
+				t.Errorf("%d entries are left", g.Len())
+			}
+		})
 	}
 }

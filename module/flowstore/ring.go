@@ -197,11 +197,15 @@ func (g *Ring) Recover(nowSeconds uint32) int {
 	}
 	g.tail = g.head
 	// From the oldest to the newest, so that chains begin with the newest.
-	i := g.head
+	i, short := g.head, false
 	for range g.items {
 		if int(i) < usable {
 			it := &g.items[i]
 			if it.used() && it.born <= nowSeconds && nowSeconds-it.born < g.life {
+				if g.n == 0 {
+					g.tail = i
+				}
+				short = short || i >= g.head
 				bk := g.bucket(&it.Key)
 				it.next = *bk
 				*bk = i + 1
@@ -211,6 +215,12 @@ func (g *Ring) Recover(nowSeconds uint32) int {
 			}
 		}
 		i = g.after(i)
+	}
+	if short {
+		// It has come round, so that it was as long as its memory. Between the
+		// tail and the head must be nothing that has none: a look there may find
+		// no room for it, which is a signal.
+		g.items = g.items[:usable]
 	}
 	return g.n
 }
