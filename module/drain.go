@@ -126,10 +126,6 @@ func (d *drains) kept(now time.Time, host int64) (list []keptDrain) {
 	return list
 }
 
-// unknownDrain is how long what was taken out of the configuration drains where
-// nobody knows its timeouts.drain any more: that key's default.
-const unknownDrain = 60 * time.Second
-
 // recallDrains goes on with what drained when a predecessor died, and begins
 // with what is gone from the configuration since: servers and VIPs that nobody
 // would know any more, but for the connections that were taken over. It adds
@@ -140,9 +136,9 @@ func (m *Module) recallDrains(params *nft.Params) {
 	found := m.db.Load()
 	db := found.Forget(func(s *farm.Server) bool { return s.Stats.Open.Load() == 0 })
 	m.db.Store(db)
-	d := drains{servers: map[uint16]drainingServer{}, vips: map[netip.AddrPort]drainingVIP{}}
+	d, now := drains{servers: map[uint16]drainingServer{}, vips: map[netip.AddrPort]drainingVIP{}}, time.Now()
 	for _, s := range db.Draining {
-		d.servers[s.ID] = drainingServer{farm: s.Farm.Name, name: s.Name, addr: s.Endpoint.AddrPort()}
+		d.servers[s.ID] = drainingServer{s.Farm.Name, s.Name, s.Endpoint.AddrPort(), now.Add(time.Duration(s.Farm.Timeouts.Drain))}
 	}
 	for _, s := range m.shards {
 		if s.engine == nil {
@@ -153,14 +149,14 @@ func (m *Module) recallDrains(params *nft.Params) {
 			if slices.Contains(params.VIPs, v) {
 				continue
 			}
-			dv := drainingVIP{}
-			if f := db.FarmByID(id); f != nil {
-				dv.farm = f.Name
+			dv := drainingVIP{until: now.Add(time.Duration(farm.DefaultTimeouts.Drain))}
+			if f := found.FarmByID(id); f != nil {
+				dv = drainingVIP{f.Name, now.Add(time.Duration(f.Timeouts.Drain))}
 			}
 			d.vips[v] = dv
 		}
 	}
-	d.recall(m.keep.state.Drains, m.config(), time.Now(), flowstore.HostTime())
+	d.recall(m.keep.state.Drains, now, flowstore.HostTime())
 	for v := range d.vips {
 		// It may be another thing by now, such as a source address.
 		with := *params
@@ -185,37 +181,19 @@ func (m *Module) recallDrains(params *nft.Params) {
 	}
 }
 
-// recall sets until when everything drains: as a predecessor said, else as the
-// configuration says from now on. now and host are the same instant.
-func (d *drains) recall(list []keptDrain, c *config.Config, now time.Time, host int64) {
-	servers, vips := map[uint16]time.Time{}, map[netip.AddrPort]time.Time{}
+// recall sets until when those drain that did already when a predecessor died.
+// now and host are the same instant.
+func (d *drains) recall(list []keptDrain, now time.Time, host int64) {
 	for _, x := range list {
 		until := now.Add(time.Duration(x.Until - host))
-		if x.Server != 0 {
-			servers[x.Server] = until
-		} else {
-			vips[x.VIP] = until
+		if s, ok := d.servers[x.Server]; ok {
+			s.until = until
+			d.servers[x.Server] = s
 		}
-	}
-	fresh := func(farm string) time.Time {
-		if f := c.Farm(farm); f != nil {
-			return now.Add(f.Timeouts.Drain.Std())
+		if v, ok := d.vips[x.VIP]; ok {
+			v.until = until
+			d.vips[x.VIP] = v
 		}
-		return now.Add(unknownDrain)
-	}
-	for id, s := range d.servers {
-		var known bool
-		if s.until, known = servers[id]; !known {
-			s.until = fresh(s.farm)
-		}
-		d.servers[id] = s
-	}
-	for v, dv := range d.vips {
-		var known bool
-		if dv.until, known = vips[v]; !known {
-			dv.until = fresh(dv.farm)
-		}
-		d.vips[v] = dv
 	}
 }
 

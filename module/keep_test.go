@@ -10,7 +10,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/weirgate/weir/module/config"
 	"github.com/weirgate/weir/module/farm"
 )
 
@@ -64,7 +63,7 @@ func TestSealed(t *testing.T) {
 }
 
 // TestDrainsKept: what drains has until its instant, whoever serves by then, and
-// what nobody gave one has the time that the configuration gives it.
+// what nobody gave one before has its own.
 func TestDrainsKept(t *testing.T) {
 	now := time.Now()
 	vip, other := netip.MustParseAddrPort("203.0.113.10:80"), netip.MustParseAddrPort("[2001:db8::1]:80")
@@ -81,28 +80,28 @@ func TestDrainsKept(t *testing.T) {
 	if err := unseal(b, &state); err != nil || len(state.Drains) != 2 {
 		t.Fatalf("%+v, %v", state, err)
 	}
-	web := config.Farm{Name: "web"}
-	web.Timeouts.Drain = config.Duration(5 * time.Minute)
-	c := &config.Config{Farms: []config.Farm{web}}
-	next := drains{
-		servers: map[uint16]drainingServer{7: {farm: "web", name: "s7"}, 8: {farm: "web", name: "s8"}, 9: {farm: "gone", name: "s9"}},
-		vips:    map[netip.AddrPort]drainingVIP{vip: {farm: "web"}, other: {farm: "gone"}},
-	}
 	// 15 seconds later, by another process' clock.
 	later := now.Add(-time.Hour)
-	next.recall(state.Drains, c, later, host+15e9)
+	own := later.Add(time.Minute)
+	next := drains{
+		servers: map[uint16]drainingServer{7: {farm: "web", name: "s7", until: own}, 8: {farm: "web", name: "s8", until: own}},
+		vips:    map[netip.AddrPort]drainingVIP{vip: {farm: "web", until: own}, other: {farm: "gone", until: own}},
+	}
+	next.recall(state.Drains, later, host+15e9)
 	for what, x := range map[string]struct {
 		until time.Time
 		want  time.Duration
 	}{
 		"server 7":     {next.servers[7].until, 25 * time.Second},
-		"server 8":     {next.servers[8].until, 5 * time.Minute},
-		"server 9":     {next.servers[9].until, unknownDrain},
+		"server 8":     {next.servers[8].until, time.Minute},
 		"the VIP":      {next.vips[vip].until, 35 * time.Second},
-		"an other VIP": {next.vips[other].until, unknownDrain},
+		"an other VIP": {next.vips[other].until, time.Minute},
 	} {
 		if left := x.until.Sub(later); left != x.want {
 			t.Errorf("%s has %v left, want %v", what, left, x.want)
 		}
+	}
+	if len(next.servers) != 2 || len(next.vips) != 2 {
+		t.Errorf("%d servers and %d VIPs drain", len(next.servers), len(next.vips))
 	}
 }

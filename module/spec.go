@@ -34,6 +34,7 @@ func farmSpec(c *config.Config, snap func(farm, plugin string) (*snapshot.Snapsh
 			Timeouts: farm.Timeouts{
 				Connect: int64(f.Timeouts.Connect), Head: int64(f.Timeouts.Head), Body: int64(f.Timeouts.Body),
 				Idle: int64(f.Timeouts.Idle), Response: int64(f.Timeouts.Response), Tunnel: int64(f.Timeouts.Tunnel),
+				Drain: int64(f.Timeouts.Drain),
 			},
 			Limits: farm.Limits{
 				Head: uint32(f.Limits.Head), Fields: uint16(f.Limits.Fields), Target: uint16(f.Limits.Target),

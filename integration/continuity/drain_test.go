@@ -142,7 +142,7 @@ func (l *leavers) begin(name string, vip netip.AddrPort, upload bool) *leaver {
 	conn, err := l.r.Clients[0].Dial(within(l.r.t, 20*time.Second), "tcp", vip.String())
 	l.r.must(err)
 	l.r.t.Cleanup(func() { conn.Close() })
-	l.r.must(conn.SetDeadline(time.Now().Add(2 * time.Minute)))
+	l.r.must(conn.SetDeadline(time.Now().Add(10 * time.Minute)))
 	go func() {
 		err := x.run(conn)
 		conn.Close()

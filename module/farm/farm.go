@@ -208,10 +208,11 @@ type Timeouts struct {
 	Idle     int64 // a client connection between requests
 	Response int64 // silence of the server while a response is due
 	Tunnel   int64 // silence of both sides of an upgraded connection; 0 means an hour
+	Drain    int64 // exchanges whose server or VIP is gone; not the engine's business
 }
 
 // DefaultTimeouts serve a connection of whose farm nothing is known any more.
-var DefaultTimeouts = Timeouts{Connect: 5e9, Head: 15e9, Idle: 60e9, Response: 60e9}
+var DefaultTimeouts = Timeouts{Connect: 5e9, Head: 15e9, Idle: 60e9, Response: 60e9, Drain: 60e9}
 
 // known reports whether all are there that must be.
 func (t *Timeouts) known() bool {

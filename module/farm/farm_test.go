@@ -472,7 +472,7 @@ func TestRecall(t *testing.T) {
 		Name: "gone", VIPs: []netip.AddrPort{ap("203.0.113.10:80")},
 		Servers:  []ServerSpec{{Name: "s1", Endpoint: ap("198.51.100.11:80")}},
 		Pool:     PoolLimits{DrainLimit: 77},
-		Timeouts: Timeouts{Connect: 1, Head: 2, Body: 3, Idle: 4, Response: 5, Tunnel: 6},
+		Timeouts: Timeouts{Connect: 1, Head: 2, Body: 3, Idle: 4, Response: 5, Tunnel: 6, Drain: 7},
 		Limits:   Limits{Held: 88}, Forwarded: 1, RouteSafety: RouteSafetyPass,
 		ForwardedTrust: []netip.Prefix{netip.MustParsePrefix("198.18.0.0/16")},
 	}
