@@ -174,7 +174,7 @@ func TestRoomRunsOut(t *testing.T) {
 	r.until("more clients than before", func() bool { return begin() < burst })
 	t.Logf("%d clients without room, %d with it", full, len(open))
 	r.signal(pid, syscall.SIGKILL)
-	pid = r.successor(pid)
+	r.successor(pid)
 	r.ask("/again")
 	l.flow("after all")
 	ask("after all")
