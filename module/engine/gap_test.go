@@ -3,6 +3,7 @@
 package engine
 
 import (
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -318,4 +319,26 @@ func TestSecondSegmentFirst(t *testing.T) {
 	// The negative control: nobody knocked, so it belongs to nothing.
 	g := newRig(t, oneServer)
 	g.expect("unknown", g.client(c1, seg{fl: ack | psh, seq: 141, ack: 9001, data: req}), "C1 RST:9001,0(0)")
+}
+
+// TestProbeOverHeldBytes: a client's keep-alive probe stays one where the client
+// is further than the server: the next request is held, and the number before
+// its end would not make the server answer.
+func TestProbeOverHeldBytes(t *testing.T) {
+	g := newRig(t, oneServer)
+	g.iss = []packet.Seq{1999}
+	seq, at := g.open(c1, 100, 9000)
+	req := get("/", 90)
+	n := packet.Seq(len(req))
+	g.expect("connect", g.client(c1, seg{fl: ack | psh, seq: seq, ack: at, data: req}), "S1 SYN:1999,0(0)")
+	g.server(s1, 10240, seg{fl: packet.SYN | ack, seq: 2999, ack: 2000})
+	g.server(s1, 10240, seg{fl: ack, seq: 3000, ack: 2000 + n})
+	bare := fmt.Sprintf("S1 ACK:%d,3000(0)", 2000+n)
+	probe := fmt.Sprintf("S1 ACK:%d,3000(0)", 2000+n-1)
+	g.expect("probe", g.client(c1, seg{fl: ack, seq: seq + n - 1, ack: at}), probe)
+	g.client(c1, seg{fl: ack | psh, seq: seq + n, ack: at, data: req})
+	g.expect("acknowledgment behind what is held", g.client(c1, seg{fl: ack, seq: seq + 2*n, ack: at}), bare)
+	g.expect("probe behind what is held", g.client(c1, seg{fl: ack, seq: seq + 2*n - 1, ack: at}), probe)
+	// The server's answer is the client's.
+	g.expect("answer", g.server(s1, 10240, seg{fl: ack, seq: 3000, ack: 2000 + n}), fmt.Sprintf("C1 ACK:%d,%d(0)", at, seq+n))
 }

@@ -396,11 +396,15 @@ func (e *Engine) forwardToServer(r splice.Ref, c *splice.Client, s splice.Ref, v
 		Seq: c.Epoch.SeqToServer(seq), Ack: e.ackForServer(c, v),
 		Window: e.windowForServer(c, v), Flags: p.Flags() &^ absorbed(v), ClearUrgent: true,
 	}
-	if p.PayloadLen() == 0 && v.SndNxt.Less(w.Seq) {
+	if p.PayloadLen() == 0 {
 		// Behind bytes that the server was not sent (a body that its response
 		// overtook, or that was lost before us) an acknowledgment may lie beyond
 		// its window, and it would discard it.
-		w.Seq = v.SndNxt
+		top := v.SndNxt
+		if p.Seq().Add(1) == c.RcvNxt && !p.Flags().Has(packet.FIN) {
+			top = top.Sub(1) // a keep-alive probe: the server is to answer it
+		}
+		w.Seq = packet.MinSeq(w.Seq, top)
 	}
 	if _, n := p.SACK(); n > 0 {
 		if v.Flags&splice.ServerSACK == 0 {
