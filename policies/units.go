@@ -4,9 +4,7 @@ package policies
 
 import (
 	"fmt"
-	"math"
 	"strconv"
-	"strings"
 
 	"github.com/weirgate/weir/internal/units"
 )
@@ -16,18 +14,11 @@ type Size int64
 
 // UnmarshalText reads a size.
 func (s *Size) UnmarshalText(t []byte) error {
-	num, mult := string(t), int64(1)
-	for i, unit := range []string{"KiB", "MiB", "GiB"} {
-		if n, ok := strings.CutSuffix(num, unit); ok {
-			num, mult = n, 1<<(10*(i+1))
-			break
-		}
-	}
-	n, err := strconv.ParseUint(num, 10, 63)
-	if err != nil || int64(n) > math.MaxInt64/mult || strings.HasPrefix(num, "+") {
+	n, ok := units.ParseSize(string(t))
+	if !ok {
 		return fmt.Errorf("%q is not a size such as 65536, 64KiB or 1MiB", t)
 	}
-	*s = Size(int64(n) * mult)
+	*s = Size(n)
 	return nil
 }
 

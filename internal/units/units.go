@@ -6,9 +6,42 @@
 package units
 
 import (
+	"math"
 	"strconv"
 	"strings"
 )
+
+// Sizes are the units of sizes, the largest first.
+var Sizes = [...]struct {
+	Name  string
+	Bytes int64
+}{{"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}}
+
+// ParseSize reads a number of bytes: digits, then KiB, MiB, GiB or nothing. ok is
+// false for anything else, and for more than 2^63-1 bytes.
+func ParseSize(s string) (bytes int64, ok bool) {
+	mult := int64(1)
+	for _, u := range Sizes {
+		if n, found := strings.CutSuffix(s, u.Name); found {
+			s, mult = n, u.Bytes
+			break
+		}
+	}
+	n, ok := ParseDigits(s)
+	if !ok || n > math.MaxInt64/mult {
+		return 0, false
+	}
+	return n * mult, true
+}
+
+// ParseDigits reads a number of digits only: no sign, no underscore, no space.
+func ParseDigits(s string) (n int64, ok bool) {
+	if strings.Trim(s, "0123456789") != "" {
+		return 0, false
+	}
+	n, err := strconv.ParseInt(s, 10, 64)
+	return n, err == nil
+}
 
 // ParseRate reads a rate as tc does (tc(8), "PARAMETERS: RATES"): 100Mbit,
 // 1gibit, 12mbps (bytes); a plain number is bits per second. The unit is not

@@ -18,6 +18,8 @@ import (
 	"github.com/knadh/koanf/providers/env/v2"
 	"github.com/knadh/koanf/providers/file"
 	"github.com/knadh/koanf/v2"
+
+	"github.com/weirgate/weir/internal/units"
 )
 
 // Where the configuration of an installed program is.
@@ -222,7 +224,7 @@ func shift(key string, base map[string]int) string {
 			continue
 		}
 		num, rest, _ := strings.Cut(rest, "]")
-		n, _ := parseDigits(num)
+		n, _ := units.ParseDigits(num)
 		return fmt.Sprintf("%s[%d]%s", name, base[name]+int(n), rest)
 	}
 	return key

@@ -69,16 +69,11 @@ type ByteSize int64
 
 const expectByteSize = "a size such as 65536, 64KiB, 1MiB or 2GiB"
 
-var byteUnits = [...]struct {
-	name string
-	size int64
-}{{"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}}
-
 // String returns the size in the largest unit that divides it.
 func (b ByteSize) String() string {
-	for _, u := range byteUnits {
-		if b != 0 && int64(b)%u.size == 0 {
-			return strconv.FormatInt(int64(b)/u.size, 10) + u.name
+	for _, u := range units.Sizes {
+		if b != 0 && int64(b)%u.Bytes == 0 {
+			return strconv.FormatInt(int64(b)/u.Bytes, 10) + u.Name
 		}
 	}
 	return strconv.FormatInt(int64(b), 10)
@@ -89,27 +84,12 @@ func (b ByteSize) MarshalText() ([]byte, error) { return []byte(b.String()), nil
 
 // UnmarshalText reads a size.
 func (b *ByteSize) UnmarshalText(t []byte) error {
-	s, mult := string(t), int64(1)
-	for _, u := range byteUnits {
-		if n, ok := strings.CutSuffix(s, u.name); ok {
-			s, mult = n, u.size
-			break
-		}
-	}
-	n, err := parseDigits(s)
-	if err != nil || n > math.MaxInt64/mult {
+	n, ok := units.ParseSize(string(t))
+	if !ok {
 		return badValue(string(t), expectByteSize)
 	}
-	*b = ByteSize(n * mult)
+	*b = ByteSize(n)
 	return nil
-}
-
-// parseDigits reads digits only: no sign, no underscore, no space.
-func parseDigits(s string) (int64, error) {
-	if s == "" || strings.Trim(s, "0123456789") != "" {
-		return 0, strconv.ErrSyntax
-	}
-	return strconv.ParseInt(s, 10, 64)
 }
 
 // Rate is a number of bytes per second, written as tc does: 100Mbit, 12mbps
@@ -211,10 +191,10 @@ func (p PortRange) MarshalText() ([]byte, error) { return []byte(p.String()), ni
 // UnmarshalText reads LOW-HIGH.
 func (p *PortRange) UnmarshalText(t []byte) error {
 	l, h, ok := strings.Cut(string(t), "-")
-	low, err1 := parseDigits(strings.TrimSpace(l))
-	high, err2 := parseDigits(strings.TrimSpace(h))
+	low, ok1 := units.ParseDigits(strings.TrimSpace(l))
+	high, ok2 := units.ParseDigits(strings.TrimSpace(h))
 	switch {
-	case !ok || err1 != nil || err2 != nil:
+	case !ok || !ok1 || !ok2:
 		return badValue(string(t), expectPortRange)
 	case low < 1 || low > 65535 || high < 1 || high > 65535:
 		return &valueError{"a port is outside 1-65535", expectPortRange}
@@ -289,8 +269,8 @@ func (s *Shards) UnmarshalText(t []byte) error {
 		*s = ShardsAuto
 		return nil
 	}
-	n, err := parseDigits(string(t))
-	if err != nil || n < 1 || n > maxShards {
+	n, ok := units.ParseDigits(string(t))
+	if !ok || n < 1 || n > maxShards {
 		return badValue(string(t), expectShards)
 	}
 	*s = Shards(n)
