@@ -8,10 +8,12 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -31,15 +33,19 @@ func runLoss(ctx context.Context, args []string, w io.Writer) (err error) {
 	fs := flag.NewFlagSet("bench loss", flag.ContinueOnError)
 	fs.SetOutput(w)
 	weir := fs.String("weir", "bin/weir", "the weir executable")
-	rounds := fs.Int("rounds", 10, "how often both are measured; a round alone says little")
-	measure := fs.Duration("measure", 4*time.Second, "time of one measurement")
+	rounds := fs.Int("rounds", 16, "how often both are measured, at least 2; a round alone says little")
+	measure := fs.Duration("measure", 3*time.Second, "time of one measurement")
+	warm := fs.Duration("warm", 0, "time before each measurement in which the downloads already run")
 	delay := fs.Duration("delay", 5*time.Millisecond, "delay of the link, each way")
 	connections := fs.Int("connections", 8, "downloads at once")
 	congestion := fs.String("congestion", "reno", "the server's congestion control; empty: this machine's own")
 	realtime := fs.Bool("realtime", true, "run everything that is measured before all else on this machine")
-	seed := fs.Uint64("seed", 1, "what is lost follows from it, packet by packet")
+	seed := fs.Uint64("seed", 1, "what is lost follows from it and the round, packet by packet, the same for both")
 	if err := fs.Parse(args); err != nil {
 		return err
+	}
+	if *rounds < 2 {
+		return fmt.Errorf("-rounds %d: at least 2", *rounds)
 	}
 	if err := asRoot(" BENCH=loss"); err != nil {
 		return err
@@ -101,15 +107,15 @@ func runLoss(ctx context.Context, args []string, w io.Writer) (err error) {
 	}
 	fmt.Fprintf(w, "bulk goodput of %d downloads over a link with %s of delay each way, %d rounds of %s each, congestion control %s\n\n",
 		*connections, *delay, *rounds, *measure, *congestion)
-	fmt.Fprintln(w, "| loss, both ways | direct, MB/s | spliced, MB/s | ratio | ratio, by round |")
-	fmt.Fprintln(w, "| --- | --- | --- | --- | --- |")
+	fmt.Fprintln(w, "| loss, both ways | direct, MB/s | spliced, MB/s | ratio | 95 % | median of the rounds | at least 0.90 | ratio, by round |")
+	fmt.Fprintln(w, "| --- | --- | --- | --- | --- | --- | --- | --- |")
 	var details []string
 	for _, loss := range []float64{0.01, 0.03} {
 		for _, d := range []wire.Direction{wire.AB, wire.BA} {
 			link.Set(d, wire.Impairment{Loss: loss, Delay: *delay})
 		}
 		var sum [2]lossSample
-		var ratios []string
+		var ratios []float64
 		for round := range *rounds {
 			var bytes [2]int64
 			for i := range 2 {
@@ -119,7 +125,10 @@ func runLoss(ctx context.Context, args []string, w io.Writer) (err error) {
 				if err != nil {
 					return err
 				}
-				n, err := download(ctx, f.Clients[0], "http://"+target.String()+"/bulk", *connections, *measure)
+				// Both lose the same packets by their number, so that a round does
+				// not compare a lucky time with an unlucky one.
+				link.Begin(*seed + uint64(round))
+				all, n, err := download(ctx, f.Clients[0], "http://"+target.String()+"/bulk", *connections, *warm, *measure)
 				if err != nil {
 					return err
 				}
@@ -128,19 +137,55 @@ func runLoss(ctx context.Context, args []string, w io.Writer) (err error) {
 					return err
 				}
 				bytes[which] = n
-				sum[which].add(n, before, after)
+				sum[which].add(n, all, before, after)
 			}
-			ratios = append(ratios, fmt.Sprintf("%.2f", float64(bytes[1])/float64(bytes[0])))
+			if bytes[0] == 0 || bytes[1] == 0 {
+				return fmt.Errorf("round %d at %g %% loss: %d bytes came directly, %d spliced", round+1, loss*100, bytes[0], bytes[1])
+			}
+			ratios = append(ratios, float64(bytes[1])/float64(bytes[0]))
 		}
 		perSecond := float64(*rounds) * measure.Seconds() * 1e6
-		fmt.Fprintf(w, "| %g %% | %.2f | %.2f | %.3f | %s |\n", loss*100, float64(sum[0].bytes)/perSecond, float64(sum[1].bytes)/perSecond,
-			float64(sum[1].bytes)/float64(sum[0].bytes), strings.Join(ratios, " "))
+		ratio := float64(sum[1].bytes) / float64(sum[0].bytes)
+		low, high := likely(ratios)
+		fmt.Fprintf(w, "| %g %% | %.2f | %.2f | %.3f | %.3f–%.3f | %.3f | %s | %s |\n", loss*100,
+			float64(sum[0].bytes)/perSecond, float64(sum[1].bytes)/perSecond, ratio, low, high, median(ratios),
+			map[bool]string{true: "yes", false: "no"}[ratio >= 0.90], roundList(ratios))
 		for i := range sum {
 			details = append(details, fmt.Sprintf("%g %%, %s: %s", loss*100, [...]string{"direct", "spliced"}[i], sum[i].String()))
 		}
 	}
 	fmt.Fprintf(w, "\nthe server's TCP, for 1000 segments sent:\n%s\n", strings.Join(details, "\n"))
 	return nil
+}
+
+// likely is the range in which the mean ratio lies with a probability of 95 %, as
+// far as the rounds' spread can tell: two standard errors of their logarithms.
+func likely(ratios []float64) (low, high float64) {
+	var sum, squares float64
+	for _, r := range ratios {
+		sum += math.Log(r)
+		squares += math.Log(r) * math.Log(r)
+	}
+	n := float64(len(ratios))
+	mean := sum / n
+	wide := 2 * math.Sqrt(max(squares/n-mean*mean, 0)/(n-1))
+	return math.Exp(mean - wide), math.Exp(mean + wide)
+}
+
+func median(ratios []float64) float64 {
+	s := slices.Sorted(slices.Values(ratios))
+	return (s[(len(s)-1)/2] + s[len(s)/2]) / 2
+}
+
+func roundList(ratios []float64) string {
+	var b strings.Builder
+	for i, r := range ratios {
+		if i > 0 {
+			b.WriteByte(' ')
+		}
+		fmt.Fprintf(&b, "%.2f", r)
+	}
+	return b.String()
 }
 
 // lossCounters are those of the server's TCP that tell how it repaired losses.
@@ -151,12 +196,14 @@ var lossCounters = []string{
 
 // lossSample is what the measurements of one kind have come to.
 type lossSample struct {
-	bytes, sent int64
-	counters    [16]int64 // in the order of lossCounters
+	bytes     int64     // in the time that counts
+	all, sent int64     // bytes and segments, those before it included
+	counters  [16]int64 // in the order of lossCounters
 }
 
-func (s *lossSample) add(n int64, before, after map[string]int64) {
+func (s *lossSample) add(n, all int64, before, after map[string]int64) {
 	s.bytes += n
+	s.all += all
 	s.sent += after["OutSegs"] - before["OutSegs"]
 	for i, name := range lossCounters {
 		s.counters[i] += after[name] - before[name]
@@ -165,7 +212,7 @@ func (s *lossSample) add(n int64, before, after map[string]int64) {
 
 func (s *lossSample) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%d segments, %.0f bytes each", s.sent, float64(s.bytes)/float64(max(s.sent, 1)))
+	fmt.Fprintf(&b, "%d segments, %.0f bytes each", s.sent, float64(s.all)/float64(max(s.sent, 1)))
 	for i, name := range lossCounters {
 		fmt.Fprintf(&b, ", %s %.2f", name, 1000*float64(s.counters[i])/float64(max(s.sent, 1)))
 	}
@@ -204,16 +251,19 @@ func tcpCounters(h *lab.Host) (map[string]int64, error) {
 }
 
 // download reads a file again and again over some connections and returns the
-// bytes that came within d.
-func download(ctx context.Context, h *lab.Host, url string, connections int, d time.Duration) (int64, error) {
-	ctx, cancel := context.WithTimeout(ctx, d)
+// bytes that came: all of them, and those within d after a time that does not
+// count.
+func download(ctx context.Context, h *lab.Host, url string, connections int, warm, d time.Duration) (all, counted int64, err error) {
+	ctx, cancel := context.WithTimeout(ctx, warm+d)
 	defer cancel()
-	var total atomic.Int64
+	var total, before atomic.Int64
+	begin := time.AfterFunc(warm, func() { before.Store(total.Load()) })
+	defer begin.Stop()
 	var wg sync.WaitGroup
 	failed := make(chan error, connections)
 	for range connections {
 		wg.Go(func() {
-			client := h.HTTPClient(lab.HTTPClientOptions{Timeout: 2 * d})
+			client := h.HTTPClient(lab.HTTPClientOptions{Timeout: 2 * (warm + d)})
 			defer client.CloseIdleConnections()
 			buf := make([]byte, 64<<10)
 			for ctx.Err() == nil {
@@ -246,8 +296,8 @@ func download(ctx context.Context, h *lab.Host, url string, connections int, d t
 	wg.Wait()
 	select {
 	case err := <-failed:
-		return 0, err
+		return 0, 0, err
 	default:
-		return total.Load(), nil
+		return total.Load(), total.Load() - before.Load(), nil
 	}
 }

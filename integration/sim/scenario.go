@@ -386,6 +386,9 @@ func randomConn(r *rand.Rand, spread int64, clean bool) ConnPlan {
 		p.Wait = r.Int64N(15 * second)
 		if clean {
 			p.Wait = r.Int64N(40 * second)
+		} else if p.Opt.KeepAlive > 0 {
+			// Nor are its probes answered, and it gives up after ten of them.
+			p.Wait = min(p.Wait, 5*second)
 		}
 	}
 	if r.IntN(4) == 0 {

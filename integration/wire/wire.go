@@ -36,7 +36,7 @@ func Bad(i Impairment) [2]Impairment { return [2]Impairment{i, i} }
 // A Wire passes frames between two interfaces. Its methods may be called from
 // any goroutine.
 type Wire struct {
-	seed       uint64
+	seed       atomic.Uint64
 	hop4, hop6 netip.Addr
 	way        [2]*way
 	once       sync.Once
@@ -52,7 +52,8 @@ type way struct {
 	in     *port
 	out    *port
 	impair atomic.Pointer[Impairment]
-	n      uint64 // packets so far; of the reader alone
+	n      uint64 // packets since the seed was given; of the reader alone
+	anew   atomic.Bool
 
 	mu     sync.Mutex
 	late   laterFrames
@@ -68,7 +69,8 @@ type way struct {
 // see each other otherwise. The caller switches offload off on whatever leads
 // to them. The wire lives until Close, or until the lab closes.
 func Join(h *lab.Host, a, b string, o Options) (*Wire, error) {
-	w := &Wire{seed: o.Seed, hop4: o.Hop4, hop6: o.Hop6}
+	w := &Wire{hop4: o.Hop4, hop6: o.Hop6}
+	w.seed.Store(o.Seed)
 	if !w.hop4.IsValid() {
 		w.hop4 = netip.MustParseAddr("192.0.0.8")
 	}
@@ -142,7 +144,17 @@ func Into(sw *lab.Host, portName string, o Options) (*Wire, error) {
 func (w *Wire) Set(d Direction, i Impairment) { w.way[d].impair.Store(&i) }
 
 // Seed is what Fate needs to repeat the run.
-func (w *Wire) Seed() uint64 { return w.seed }
+func (w *Wire) Seed() uint64 { return w.seed.Load() }
+
+// Begin has what becomes of packets follow from a seed and count from 0 again,
+// in both directions: of two measurements, each after a Begin with the same
+// seed, the n-th packets have the same fate.
+func (w *Wire) Begin(seed uint64) {
+	w.seed.Store(seed)
+	for _, x := range w.way {
+		x.anew.Store(true)
+	}
+}
 
 // Stats reads the counters of a direction.
 func (w *Wire) Stats(d Direction) Stats {
@@ -266,7 +278,10 @@ func (x *way) frame(b []byte) {
 	}
 	b = b[:etherLen+len(p)]
 	i := x.impair.Load()
-	f := i.Fate(x.w.seed, x.dir, x.n)
+	if x.anew.CompareAndSwap(true, false) {
+		x.n = 0
+	}
+	f := i.Fate(x.w.seed.Load(), x.dir, x.n)
 	x.n++
 	x.packets.Add(1)
 	if !checksumOK(p) {

@@ -118,6 +118,7 @@ func (p *pair) udp(v6 bool) (from net.Conn, to net.PacketConn) {
 func (p *pair) numbered(n, want int) []int {
 	p.t.Helper()
 	from, to := p.udp(false)
+	defer func() { _, _ = from.Close(), to.Close() }()
 	arrived := make(chan []int)
 	end := time.Now().Add(patience)
 	_ = to.SetReadDeadline(end)
@@ -213,6 +214,32 @@ func TestFates(t *testing.T) {
 	}
 	if bad.Fate(seed, AB, 7) == bad.Fate(seed, BA, 7) || bad.Fate(seed, AB, 7) == bad.Fate(seed+1, AB, 7) {
 		t.Error("another direction or seed has the same fate")
+	}
+}
+
+// TestBegin: after Begin the fates are those of its seed, from the first packet
+// on, whatever came before.
+func TestBegin(t *testing.T) {
+	seed := seedOf(t)
+	const n = 200 // as many as a queue keeps
+	bad := Impairment{Loss: 0.2}
+	var want []int
+	for i := range n {
+		if !bad.Fate(seed, AB, uint64(i)).Lost {
+			want = append(want, i)
+		}
+	}
+	p := newPair(t, Options{Seed: seed + 1}, offloadOff)
+	if got := p.numbered(7, 7); len(got) != 7 {
+		t.Fatalf("%d of 7 packets arrive over a good wire", len(got))
+	}
+	p.w.Set(AB, bad)
+	p.w.Begin(seed)
+	if got := p.numbered(n, len(want)); !slices.Equal(got, want) {
+		t.Errorf("%d packets arrive, want %d, or others", len(got), len(want))
+	}
+	if p.w.Seed() != seed {
+		t.Errorf("the seed is %d, want %d", p.w.Seed(), seed)
 	}
 }
 
