@@ -4,7 +4,6 @@ package citizen
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"io"
 	"net/http"
@@ -18,8 +17,15 @@ import (
 
 	"github.com/weirgate/weir/integration/lab"
 	"github.com/weirgate/weir/integration/lab/built"
+	"github.com/weirgate/weir/integration/lab/trial"
 	"github.com/weirgate/weir/internal/require"
 	"github.com/weirgate/weir/nft"
+)
+
+// What the tests wait by, and draw by.
+var (
+	within = trial.Within
+	until  = trial.Until
 )
 
 func TestMain(m *testing.M) { built.Main(m) }
@@ -39,15 +45,8 @@ func newRig(t *testing.T, o lab.FarmOptions) *rig {
 	t.Helper()
 	require.NFQueue(t)
 	r := &rig{t: t, bin: built.Weir(t)}
-	l, err := lab.New("weircit")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := l.Close(); err != nil {
-			t.Errorf("close the lab: %v", err)
-		}
-	})
+	l := trial.Lab(t, "weircit")
+	var err error
 	if r.Farm, err = l.Farm(o); err != nil {
 		t.Fatal(err)
 	}
@@ -308,25 +307,4 @@ func (r *rig) nft(rules string) {
 		r.t.Fatal(err)
 	}
 	r.shell("nft -f " + file)
-}
-
-// within returns a context that ends with the test or after d.
-func within(t testing.TB, d time.Duration) context.Context {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), d)
-	t.Cleanup(cancel)
-	return ctx
-}
-
-// until waits for a condition and fails the test when it does not come.
-func until(t testing.TB, d time.Duration, what string, cond func() bool) {
-	t.Helper()
-	ctx := within(t, d)
-	for !cond() {
-		select {
-		case <-ctx.Done():
-			t.Fatalf("still waiting for: %s", what)
-		case <-time.After(10 * time.Millisecond):
-		}
-	}
 }

@@ -4,7 +4,6 @@ package continuity
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -19,8 +18,14 @@ import (
 
 	"github.com/weirgate/weir/integration/lab"
 	"github.com/weirgate/weir/integration/lab/built"
+	"github.com/weirgate/weir/integration/lab/trial"
 	"github.com/weirgate/weir/internal/require"
 	"github.com/weirgate/weir/module/divert"
+)
+
+// What the tests wait by, and draw by.
+var (
+	within = trial.Within
 )
 
 func TestMain(m *testing.M) { built.Main(m) }
@@ -47,13 +52,8 @@ func newRig(t *testing.T, o lab.FarmOptions) *rig {
 	t.Helper()
 	require.NFQueue(t)
 	r := &rig{t: t, bin: built.Weir(t)}
-	l, err := lab.New("weircont")
-	r.must(err)
-	t.Cleanup(func() {
-		if err := l.Close(); err != nil {
-			t.Errorf("close the lab: %v", err)
-		}
-	})
+	l := trial.Lab(t, "weircont")
+	var err error
 	r.Farm, err = l.Farm(o)
 	r.must(err)
 	r.dir, err = l.Subdir("weir")
@@ -336,10 +336,4 @@ func alive(pid int) bool {
 	}
 	_, rest, _ := bytes.Cut(b, []byte(") "))
 	return !bytes.HasPrefix(rest, []byte("Z"))
-}
-
-func within(t testing.TB, d time.Duration) context.Context {
-	ctx, cancel := context.WithTimeout(t.Context(), d)
-	t.Cleanup(cancel)
-	return ctx
 }

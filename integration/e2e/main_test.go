@@ -3,7 +3,6 @@
 package e2e
 
 import (
-	"context"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -14,7 +13,14 @@ import (
 
 	"github.com/weirgate/weir/integration/lab"
 	"github.com/weirgate/weir/integration/lab/built"
+	"github.com/weirgate/weir/integration/lab/trial"
 	"github.com/weirgate/weir/internal/require"
+)
+
+// What the tests wait by, and draw by.
+var (
+	within = trial.Within
+	until  = trial.Until
 )
 
 func TestMain(m *testing.M) { built.Main(m) }
@@ -34,15 +40,8 @@ func newRig(t *testing.T, o lab.FarmOptions) *rig {
 	t.Helper()
 	require.NFQueue(t)
 	r := &rig{t: t, bin: built.Weir(t)}
-	l, err := lab.New("weire2e")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := l.Close(); err != nil {
-			t.Errorf("close the lab: %v", err)
-		}
-	})
+	l := trial.Lab(t, "weire2e")
+	var err error
 	if r.Farm, err = l.Farm(o); err != nil {
 		t.Fatal(err)
 	}
@@ -158,27 +157,6 @@ func clip(s string, n int) string {
 		return s[:n] + "…"
 	}
 	return s
-}
-
-// within returns a context that ends with the test or after d.
-func within(t testing.TB, d time.Duration) context.Context {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), d)
-	t.Cleanup(cancel)
-	return ctx
-}
-
-// until waits for a condition and fails the test when it does not come.
-func until(t testing.TB, d time.Duration, what string, cond func() bool) {
-	t.Helper()
-	ctx := within(t, d)
-	for !cond() {
-		select {
-		case <-ctx.Done():
-			t.Fatalf("still waiting for: %s", what)
-		case <-time.After(10 * time.Millisecond):
-		}
-	}
 }
 
 // content returns n reproducible bytes that no two offsets share.

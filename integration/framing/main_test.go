@@ -9,9 +9,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -19,36 +17,26 @@ import (
 
 	"github.com/weirgate/weir/integration/lab"
 	"github.com/weirgate/weir/integration/lab/built"
+	"github.com/weirgate/weir/integration/lab/trial"
 	"github.com/weirgate/weir/internal/require"
 	"github.com/weirgate/weir/module/control"
 )
 
-// soak says whether the tests run in their full sizes.
-var soak = os.Getenv("WEIR_SOAK") != ""
-
-// size is how many of something a test does: in continuous integration, and
-// in a soak.
-func size(ci, full int) int {
-	if soak {
-		return full
-	}
-	return ci
-}
+// What the tests wait by, and draw by.
+var (
+	within = trial.Within
+	until  = trial.Until
+	size   = trial.Size
+)
 
 // seeded returns a random source and writes its seed down. WEIR_SEED replays.
 func seeded(t *testing.T) *rand.Rand {
 	t.Helper()
-	seed := rand.Uint64()
-	if s := os.Getenv("WEIR_SEED"); s != "" {
-		n, err := strconv.ParseUint(s, 10, 64)
-		if err != nil {
-			t.Fatalf("WEIR_SEED: %v", err)
-		}
-		seed = n
-	}
-	t.Logf("WEIR_SEED=%d", seed)
-	return rand.New(rand.NewPCG(seed, 1))
+	return rand.New(rand.NewPCG(trial.Seed(t), 1))
 }
+
+// soak says whether the tests run in their full sizes.
+var soak = trial.Soak
 
 func TestMain(m *testing.M) { built.Main(m) }
 
@@ -72,15 +60,8 @@ type rig struct {
 func newRig(t *testing.T, servers int) *rig {
 	t.Helper()
 	require.NFQueue(t)
-	l, err := lab.New("weirframe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := l.Close(); err != nil {
-			t.Errorf("close the lab: %v", err)
-		}
-	})
+	l := trial.Lab(t, "weirframe")
+	var err error
 	r := &rig{t: t}
 	if r.Farm, err = l.Farm(lab.FarmOptions{Servers: servers, NoIPv6: true}); err != nil {
 		t.Fatal(err)
@@ -171,27 +152,6 @@ func (r *rig) dial(port uint16) (*net.TCPConn, error) {
 	_ = tc.SetNoDelay(true)
 	_ = tc.SetDeadline(time.Now().Add(60 * time.Second))
 	return tc, nil
-}
-
-// within returns a context that ends with the test or after d.
-func within(t testing.TB, d time.Duration) context.Context {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), d)
-	t.Cleanup(cancel)
-	return ctx
-}
-
-// until waits for a condition and fails the test when it does not come.
-func until(t testing.TB, d time.Duration, what string, cond func() bool) {
-	t.Helper()
-	ctx := within(t, d)
-	for !cond() {
-		select {
-		case <-ctx.Done():
-			t.Fatalf("still waiting for: %s", what)
-		case <-time.After(10 * time.Millisecond):
-		}
-	}
 }
 
 // parallel calls f for 0 to n-1, a few at a time, and reports what they return.

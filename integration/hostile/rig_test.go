@@ -3,13 +3,10 @@
 package hostile
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net/netip"
-	"os"
 	"os/exec"
 	"regexp"
 	"strconv"
@@ -19,7 +16,15 @@ import (
 
 	"github.com/weirgate/weir/integration/lab"
 	"github.com/weirgate/weir/integration/lab/built"
+	"github.com/weirgate/weir/integration/lab/trial"
 	"github.com/weirgate/weir/internal/require"
+)
+
+// What the tests wait by, and draw by.
+var (
+	within = trial.Within
+	until  = trial.Until
+	seed   = trial.Seed
 )
 
 func TestMain(m *testing.M) { built.Main(m) }
@@ -58,15 +63,7 @@ func (r *rig) server(n int) string {
 func newRig(t *testing.T, o lab.FarmOptions) *rig {
 	t.Helper()
 	require.NFQueue(t)
-	l, err := lab.New("weirhostile")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := l.Close(); err != nil {
-			t.Errorf("close the lab: %v", err)
-		}
-	})
+	l := trial.Lab(t, "weirhostile")
 	o.NoIPv6 = true
 	f, err := l.Farm(o)
 	if err != nil {
@@ -206,41 +203,4 @@ func (r *rig) lost(h *lab.Host) (n int) {
 		n += k
 	}
 	return n
-}
-
-// within returns a context that ends with the test or after d.
-func within(t testing.TB, d time.Duration) context.Context {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), d)
-	t.Cleanup(cancel)
-	return ctx
-}
-
-// until waits for a condition and fails the test when it does not come.
-func until(t testing.TB, d time.Duration, what string, cond func() bool) {
-	t.Helper()
-	ctx := within(t, d)
-	for !cond() {
-		select {
-		case <-ctx.Done():
-			t.Fatalf("still waiting for: %s", what)
-		case <-time.After(10 * time.Millisecond):
-		}
-	}
-}
-
-// seed returns the seed of a random test, printed, and taken from WEIR_SEED
-// when that is set.
-func seed(t *testing.T) uint64 {
-	t.Helper()
-	s := rand.Uint64()
-	if v := os.Getenv("WEIR_SEED"); v != "" {
-		n, err := strconv.ParseUint(v, 10, 64)
-		if err != nil {
-			t.Fatalf("WEIR_SEED: %v", err)
-		}
-		s = n
-	}
-	t.Logf("WEIR_SEED=%d", s)
-	return s
 }

@@ -131,13 +131,3 @@ func corruption(r *rig, t *testing.T) {
 		t.Errorf("%d corrupted packets, %d refused: the case shows nothing", seen, n)
 	}
 }
-
-// until waits for a condition.
-func until(t *testing.T, d time.Duration, what string, cond func() bool) {
-	t.Helper()
-	for end := time.Now().Add(d); !cond(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("still waiting for: %s", what)
-		}
-	}
-}

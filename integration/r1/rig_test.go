@@ -4,11 +4,9 @@ package r1
 
 import (
 	"bufio"
-	"context"
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -20,36 +18,18 @@ import (
 
 	"github.com/weirgate/weir/integration/lab"
 	"github.com/weirgate/weir/integration/lab/built"
+	"github.com/weirgate/weir/integration/lab/trial"
 	"github.com/weirgate/weir/integration/wire"
 	"github.com/weirgate/weir/internal/require"
 )
 
-// soak says whether the tests run in their full sizes.
-var soak = os.Getenv("WEIR_SOAK") != ""
-
-// size is how many of something a test does: in continuous integration, and
-// in a soak.
-func size(ci, full int) int {
-	if soak {
-		return full
-	}
-	return ci
-}
-
-// seedOf prints the seed of a random test; WEIR_SEED chooses it.
-func seedOf(t *testing.T) uint64 {
-	t.Helper()
-	seed := rand.Uint64()
-	if s := os.Getenv("WEIR_SEED"); s != "" {
-		n, err := strconv.ParseUint(s, 0, 64)
-		if err != nil {
-			t.Fatalf("WEIR_SEED: %v", err)
-		}
-		seed = n
-	}
-	t.Logf("WEIR_SEED=%d", seed)
-	return seed
-}
+// What the tests wait by, and draw by.
+var (
+	within = trial.Within
+	size   = trial.Size
+	seedOf = trial.Seed
+	until  = trial.Until
+)
 
 func TestMain(m *testing.M) { built.Main(m) }
 
@@ -84,15 +64,8 @@ func newRig(t *testing.T) *rig {
 	t.Helper()
 	require.NFQueue(t)
 	r := &rig{t: t, seed: seedOf(t)}
-	l, err := lab.New("weirr1")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := l.Close(); err != nil {
-			t.Errorf("close the lab: %v", err)
-		}
-	})
+	l := trial.Lab(t, "weirr1")
+	var err error
 	if r.Farm, err = l.Farm(lab.FarmOptions{Clients: 2, Servers: 3, Link: lab.LinkOptions{NoOffload: true}}); err != nil {
 		t.Fatal(err)
 	}
@@ -326,14 +299,6 @@ func TestHostTCP(t *testing.T) {
 	if err != nil || code != 0 {
 		t.Errorf("SIGTERM: exit code %d, %v", code, err)
 	}
-}
-
-// within returns a context that ends with the test or after d.
-func within(t testing.TB, d time.Duration) context.Context {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), d)
-	t.Cleanup(cancel)
-	return ctx
 }
 
 // parallel calls f for 0 to n-1, width at a time, and returns what they return.
