@@ -313,6 +313,9 @@ func (c *client) complete(x *Exchange, r *answer) {
 	x.finished = c.w.now
 	if r.own {
 		x.own = r.status
+		if r.status == 504 && r.stood >= patience && x.excuse == "" {
+			x.excuse = "nothing new came from anybody for the timeout of a response"
+		}
 		if why := x.mayBeRefused(); why == "" && !c.left {
 			c.fail("INV-4", "%s: request %d (%s %s) is answered %d by the engine itself without a reason", c, x.index, x.Method, x.Nonce, r.status)
 			return

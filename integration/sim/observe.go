@@ -20,7 +20,7 @@ func (o *observer) toClient(t *packet.TCP) {
 		w.failFlow(t.Dst(), packet.Tuple{}, inv, format, args...)
 	}
 	if fl.Has(packet.SYN) {
-		o.synACK(t, f, fail)
+		o.synACK(t, flows, fail)
 		return
 	}
 	if fl.Has(packet.RST) {
@@ -83,9 +83,19 @@ func (o *observer) toClient(t *packet.TCP) {
 type failure func(inv, format string, args ...any)
 
 // synACK: only what was offered is agreed to.
-func (o *observer) synACK(t *packet.TCP, f *clientFlow, fail failure) {
+func (o *observer) synACK(t *packet.TCP, flows []*clientFlow, fail failure) {
+	f := last(flows)
 	opt := t.SYNOptions()
 	p := &f.c.plan.Opt
+	if c := f.c.conn; len(flows) > 1 && c != nil && uint32(t.Ack()) != c.ISS()+1 {
+		// A late duplicate of an earlier connection's SYN on this port is
+		// answered like any SYN; the client knows better.
+		for _, old := range flows {
+			if uint32(t.Ack()) == old.iss+1 {
+				p = &old.c.plan.Opt
+			}
+		}
+	}
 	switch {
 	case !t.Flags().Has(packet.SYN|packet.ACK) || t.PayloadLen() != 0:
 		fail("INV-3", "a SYN with flags %v and %d bytes goes to a client", t.Flags(), t.PayloadLen())
@@ -118,13 +128,13 @@ func (o *observer) payloadToClient(f *clientFlow, at uint64, b []byte, fail fail
 				return
 			}
 			if at > end {
-				f.begin(nil)
+				f.begin(nil, o.w.now)
 				if at >= f.answers[len(f.answers)-1].end() {
 					fail("INV-1", "%s gets %d bytes at position %d, and the answer before is not complete", f.c, len(b), at)
 				}
 				continue
 			}
-			f.begin(b)
+			f.begin(b, o.w.now)
 			continue
 		}
 		x := f.c.exchanges[i]
@@ -162,13 +172,13 @@ func (f *clientFlow) locate(at uint64) (*answer, int) {
 
 // begin notes the first bytes of an answer: a server's or, if they are not
 // that, the engine's own.
-func (f *clientFlow) begin(b []byte) {
+func (f *clientFlow) begin(b []byte, now int64) {
 	start := uint64(1)
 	if n := len(f.answers); n > 0 {
 		start = f.answers[n-1].end()
 	}
 	x := f.c.exchanges[len(f.answers)]
-	a := answer{start: start, size: x.reply.size()}
+	a := answer{start: start, size: x.reply.size(), stood: now - f.news}
 	var scratch []byte
 	k := min(len(b), 12)
 	a.own = k > 0 && x.reply.match(0, b[:k], &scratch) >= 0 && string(b[:min(k, 9)]) == "HTTP/1.1 "[:min(k, 9)]

@@ -49,6 +49,7 @@ type answer struct {
 	whole  bool   // the end of the engine's own is known
 	closes bool   // it announces the end of the connection
 	status int
+	stood  int64 // for how long nothing new had reached the engine when it began
 }
 
 func (a *answer) end() uint64 {
@@ -68,6 +69,7 @@ type clientFlow struct {
 	acked   uint64     // highest acknowledgment that the engine sent to it
 	answers []answer
 	heard   int64 // when something of the client's reached the engine
+	news    int64 // when something new did, of its own or of its server
 	silent  bool  // for longer than silence nothing did
 	reset   bool  // the engine's RST was sent
 	closed  bool  // the engine's FIN was sent
@@ -109,6 +111,7 @@ type serverFlow struct {
 	edge     uint64 // right edge that the server advertised
 	top      uint64 // highest position that the engine sent, plus one
 	acked    uint64
+	heard    int64 // highest acknowledgment of the server's that reached the engine
 	bindings []binding
 	head     []byte // bytes of a request whose nonce is not complete
 	reset    bool   // the engine sent a RST
@@ -189,17 +192,33 @@ func (o *observer) seen(d Direction, t *packet.TCP) {
 			f.silent = f.silent || f.heard != 0 && o.w.now-f.heard > silence
 			f.heard = o.w.now
 			if at := wide(t.Seq(), f.iss, max(f.in.End(), 1)); plausible(at, f.in.End()) {
+				before := f.in.End()
 				mark(&f.in, uint64(at), n, fl)
+				if f.in.End() > before {
+					f.news = o.w.now
+				}
 			}
 		}
 		return
 	}
 	for _, f := range o.servers[t.Tuple()] {
 		if at := wide(t.Seq(), f.iss, max(f.in.End(), 1)); plausible(at, f.in.End()) {
+			before := f.in.End()
 			mark(&f.in, uint64(at), n, fl)
+			at := wide(t.Ack(), f.ess, f.top)
+			if b := f.current(); b != nil && (f.in.End() > before || at > f.heard && at <= int64(f.top)) {
+				b.client.news = o.w.now
+			}
+			if at <= int64(f.top) {
+				f.heard = max(f.heard, at)
+			}
 		}
 	}
 }
+
+// patience is how long the engine waits for anything new in an exchange, the
+// scenario's timeout of a response.
+const patience = 60 * second
 
 // silence is after how long the engine may take a client for gone, to which its
 // server talks: twice the time for which it waits for a server.

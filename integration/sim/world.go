@@ -173,7 +173,7 @@ func NewWorld(s *Scenario, h Hooks) *World {
 	w.vip, w.snip = packet.EndpointFrom(vip), packet.AddrFrom(snip)
 	spec := farm.Spec{SNIPs: []netip.Addr{snip}, Farms: []farm.FarmSpec{{
 		Name: "web", VIPs: []netip.AddrPort{vip}, Pool: s.Pool,
-		Timeouts: farm.Timeouts{Connect: 5 * second, Head: 60 * second, Idle: 60 * second, Response: 60 * second},
+		Timeouts: farm.Timeouts{Connect: 5 * second, Head: 60 * second, Idle: 60 * second, Response: patience},
 	}}}
 	if s.Forward {
 		spec.Farms[0].Forwarded = farm.ForwardedXFF
