@@ -484,7 +484,11 @@ func (m *Module) openQueues(params *nft.Params, give *undo) error {
 	m.keepHandshakes()
 	m.keepShards(params.Shards)
 	add := func(number uint16, length uint32, role role) error {
-		q, err := m.openQueue(divert.Config{Queue: number, Length: length, GSO: m.config().Queue.GSO})
+		cfg := divert.Config{Queue: number, Length: length, GSO: m.config().Queue.GSO}
+		if role == roleShard {
+			cfg.Linger = divert.DefaultLinger
+		}
+		q, err := m.openQueue(cfg)
 		if err != nil {
 			return privilege(err)
 		}

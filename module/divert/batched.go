@@ -63,9 +63,11 @@ type batched struct {
 	open    int      // packets of the last Receive without an answer
 	lastID  uint32   // newest packet received
 	started bool     // a packet has been received
-	owed    bool     // packets up to lastID may be stuck in the kernel (see sweep)
-	resume  bool     // the socket was taken over: see takeOver
-	stale   uint32   // packets up to this one were queued again; 0: none were
+	opened  time.Time
+	linger  linger
+	owed    bool   // packets up to lastID may be stuck in the kernel (see sweep)
+	resume  bool   // the socket was taken over: see takeOver
+	stale   uint32 // packets up to this one were queued again; 0: none were
 
 	rx    []unix.Mmsghdr // one per slot
 	rxIov []unix.Iovec
@@ -88,7 +90,7 @@ func OpenBatched(cfg Config) (Queue, error) {
 	if err != nil {
 		return nil, err
 	}
-	q := &batched{cfg: cfg, fd: -1, wakeFD: -1}
+	q := &batched{cfg: cfg, fd: -1, wakeFD: -1, opened: time.Now(), linger: linger{most: cfg.Linger}}
 	start := q.start
 	if cfg.FD != 0 {
 		start = q.adopt
@@ -204,6 +206,7 @@ func (q *batched) receive(batch []Packet, timeout time.Duration) (int, error) {
 	for spin := 0; ; spin++ {
 		n, empty := q.read(batch)
 		if n > 0 {
+			q.linger.over()
 			return n, nil
 		}
 		if timeout <= 0 || waited {
@@ -212,8 +215,16 @@ func (q *batched) receive(batch []Packet, timeout time.Duration) (int, error) {
 		if !empty || (spin < q.cfg.Spin && !q.pending.Load()) {
 			continue
 		}
+		now := time.Since(q.opened)
+		if timeout > q.cfg.Linger && !q.pending.Load() && q.linger.goOn(now) {
+			_, _, _ = unix.Syscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+			continue
+		}
+		q.linger.over()
 		waited = true
-		if q.sleep(timeout) {
+		woken := q.sleep(timeout)
+		q.linger.slept(time.Since(q.opened)-now, !woken)
+		if woken {
 			q.tally.wakes.Add(1)
 			if q.closed.Load() {
 				return 0, ErrClosed

@@ -146,6 +146,11 @@ type Config struct {
 	// Spin is how many times the batched queue looks for packets before it goes
 	// to sleep. Default DefaultSpin; negative: never look twice.
 	Spin int
+	// Linger is how long the batched queue goes on looking after that, giving
+	// way to other threads in between, while packets come at shorter intervals
+	// than this; at most a millisecond. 0: not at all. DefaultLinger suits a
+	// thread that connections wait for.
+	Linger time.Duration
 	// FD is a socket of Bind for this queue, mostly inherited from a process
 	// that was killed. What waits in the kernel without an answer comes anew
 	// with the first Receive. 0 stands for none. OpenBatched owns it from the
@@ -159,6 +164,8 @@ const (
 	DefaultBufferBytes = 64 << 20
 	DefaultBatch       = 64
 	DefaultSpin        = 4
+	DefaultLinger      = 100 * time.Microsecond
+	maxLinger          = time.Millisecond
 	maxBatch           = 1024
 	minCopyRange       = 128
 )
@@ -186,6 +193,8 @@ func (c Config) withDefaults() (Config, error) {
 	switch {
 	case c.Batch < 1 || c.Batch > maxBatch:
 		return c, fmt.Errorf("divert: queue %d: batch %d is not between 1 and %d", c.Queue, c.Batch, maxBatch)
+	case c.Linger < 0 || c.Linger > maxLinger:
+		return c, fmt.Errorf("divert: queue %d: lingering for %v is not between 0 and %v", c.Queue, c.Linger, maxLinger)
 	case c.BufferBytes < 0:
 		return c, fmt.Errorf("divert: queue %d: negative buffer size %d", c.Queue, c.BufferBytes)
 	case c.CopyRange < minCopyRange:

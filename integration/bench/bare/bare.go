@@ -107,7 +107,7 @@ func (t *table) turn(p *divert.Packet) {
 func Queue(ctx context.Context, cfg Config, ready func()) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	q, err := divert.OpenBatched(divert.Config{Queue: queueNum, GSO: true})
+	q, err := divert.OpenBatched(divert.Config{Queue: queueNum, GSO: true, Linger: divert.DefaultLinger})
 	if err != nil {
 		return err
 	}
