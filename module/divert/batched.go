@@ -203,8 +203,12 @@ func (q *batched) receive(batch []Packet, timeout time.Duration) (int, error) {
 		q.sweep()
 	}
 	waited := false
+	var slept time.Duration
 	for spin := 0; ; spin++ {
 		n, empty := q.read(batch)
+		if waited {
+			q.linger.slept(slept, n > 0)
+		}
 		if n > 0 {
 			q.linger.over()
 			return n, nil
@@ -223,8 +227,9 @@ func (q *batched) receive(batch []Packet, timeout time.Duration) (int, error) {
 		q.linger.over()
 		waited = true
 		woken := q.sleep(timeout)
-		q.linger.slept(time.Since(q.opened)-now, !woken)
+		slept = time.Since(q.opened) - now
 		if woken {
+			q.linger.slept(slept, false)
 			q.tally.wakes.Add(1)
 			if q.closed.Load() {
 				return 0, ErrClosed

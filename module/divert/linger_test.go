@@ -5,6 +5,8 @@ package divert
 import (
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestLinger: a queue lingers after short sleeps that packets ended, for as long
@@ -60,4 +62,32 @@ func TestLinger(t *testing.T) {
 		never.slept(0, true)
 	}
 	expect(never, "with nothing allowed", 0)
+}
+
+// TestLingerTimeouts: a sleep that a timer ended says nothing of packets,
+// however short it was.
+func TestLingerTimeouts(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pair[1])
+	cfg, err := Config{Linger: maxLinger}.withDefaults()
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := &batched{cfg: cfg, fd: pair[0], wakeFD: -1, opened: time.Now(), linger: linger{most: cfg.Linger}}
+	if err := q.buffers(); err != nil {
+		t.Fatal(err)
+	}
+	defer q.Close()
+	batch := make([]Packet, 1)
+	for range 100 {
+		if n, err := q.Receive(batch, time.Microsecond); n != 0 || err != nil {
+			t.Fatalf("%d packets, %v", n, err)
+		}
+		if q.linger.short != 0 {
+			t.Fatal("a timeout counts as a packet")
+		}
+	}
 }
