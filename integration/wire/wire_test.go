@@ -12,31 +12,16 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
-	"strconv"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/weirgate/weir/integration/lab"
+	"github.com/weirgate/weir/integration/lab/trial"
 	"github.com/weirgate/weir/internal/require"
 )
-
-func seedOf(t *testing.T) uint64 {
-	t.Helper()
-	seed := rand.Uint64()
-	if s := os.Getenv("WEIR_SEED"); s != "" {
-		n, err := strconv.ParseUint(s, 0, 64)
-		if err != nil {
-			t.Fatalf("WEIR_SEED: %v", err)
-		}
-		seed = n
-	}
-	t.Logf("WEIR_SEED=%d", seed)
-	return seed
-}
 
 // A pair is two hosts with a wire between them.
 type pair struct {
@@ -162,7 +147,7 @@ const patience = 30 * time.Second
 // TestFates: what happens is as often as it should be, and Fate says which
 // packets it happens to. A second wire with the seed does the same again.
 func TestFates(t *testing.T) {
-	seed := seedOf(t)
+	seed := trial.Seed(t)
 	const n = 3000
 	bad := Impairment{Loss: 0.05, Duplicate: 0.05, Corrupt: 0.05, Reorder: 0.05}
 	var want []int // each number as often as it arrives
@@ -220,7 +205,7 @@ func TestFates(t *testing.T) {
 // TestBegin: after Begin the fates are those of its seed, from the first packet
 // on, whatever came before.
 func TestBegin(t *testing.T) {
-	seed := seedOf(t)
+	seed := trial.Seed(t)
 	const n = 200 // as many as a queue keeps
 	bad := Impairment{Loss: 0.2}
 	var want []int
@@ -246,7 +231,7 @@ func TestBegin(t *testing.T) {
 // TestTransfer: TCP brings every byte through, over both families, and a good
 // wire changes nothing: neither order nor number.
 func TestTransfer(t *testing.T) {
-	seed := seedOf(t)
+	seed := trial.Seed(t)
 	bad := Impairment{Loss: 0.01, Reorder: 0.02, Duplicate: 0.01, Corrupt: 0.005}
 	for name, i := range map[string]Impairment{"good": {}, "bad": bad, "delay": {Delay: 5 * time.Millisecond}} {
 		t.Run(name, func(t *testing.T) {
@@ -385,7 +370,7 @@ func TestUnfinishedChecksums(t *testing.T) {
 
 // TestCorrupt: every corruption of a TCP packet is seen by the checksums.
 func TestCorrupt(t *testing.T) {
-	seed := seedOf(t)
+	seed := trial.Seed(t)
 	i := Impairment{Corrupt: 1}
 	for n := range uint64(20_000) {
 		r := rand.New(rand.NewPCG(seed, n))

@@ -16,6 +16,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"github.com/weirgate/weir/integration/lab"
+	"github.com/weirgate/weir/integration/lab/trial"
 	"github.com/weirgate/weir/internal/require"
 )
 
@@ -26,15 +27,7 @@ func TestTranslate(t *testing.T) {
 	require.NFQueue(t)
 	for name, way := range map[string]func(context.Context, Config, func()) error{"queue": Queue, "tc": TC} {
 		t.Run(name, func(t *testing.T) {
-			l, err := lab.New("bare")
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() {
-				if err := l.Close(); err != nil {
-					t.Error(err)
-				}
-			})
+			l := trial.Lab(t, "bare")
 			must := func(err error) {
 				t.Helper()
 				if err != nil {
@@ -43,7 +36,7 @@ func TestTranslate(t *testing.T) {
 			}
 			client, router, server := l.Host("client"), l.Host("router"), l.Host("server")
 			clients := []netip.Prefix{netip.MustParsePrefix("198.18.0.11/16"), netip.MustParsePrefix("198.18.0.12/16")}
-			_, err = l.Link(client, router, clients, []netip.Prefix{netip.MustParsePrefix("198.18.0.1/16")}, lab.LinkOptions{})
+			_, err := l.Link(client, router, clients, []netip.Prefix{netip.MustParsePrefix("198.18.0.1/16")}, lab.LinkOptions{})
 			must(err)
 			cfg := Config{
 				VIP: netip.MustParseAddrPort("203.0.113.10:80"), Server: netip.MustParseAddrPort("198.51.100.11:8080"),
