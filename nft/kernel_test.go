@@ -305,7 +305,7 @@ func TestUpdate(t *testing.T) {
 	// Handles number every object: what keeps its handle was not made anew.
 	chains := func() string {
 		list := nftList(t, "table", "inet", "weir", "-a")
-		return list[strings.Index(list, "chain antispoof"):]
+		return list[strings.Index(list, "chain from_client4"):]
 	}
 	before := chains()
 	p := fixed(1)
@@ -409,7 +409,7 @@ func TestRefusedBatch(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.Table = "broken"
-	r.Chain("divert").Rules[1].terms[2] = family4.destinationIn("nosuchset")
+	r.Chain("from_client4").Rules[1].terms[2] = family4.destinationIn("nosuchset")
 	b, err := rulesetBatch(r, k)
 	if err != nil {
 		t.Fatal(err)

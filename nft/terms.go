@@ -273,6 +273,11 @@ func verdict(text string, kind expr.VerdictKind) term {
 	return term{text: text, exprs: []expr.Any{&expr.Verdict{Kind: kind}}}
 }
 
+// goTo leaves the chain for good.
+func goTo(chain string) term {
+	return term{text: "goto " + chain, exprs: []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: chain}}}
+}
+
 func drop() term    { return verdict("drop", expr.VerdictDrop) }
 func returns() term { return verdict("return", expr.VerdictReturn) }
 

@@ -350,9 +350,16 @@ func TestRewrite(t *testing.T) {
 }
 
 // TestAntispoof: the checks that accept_local=1 and a loose rp_filter switch
-// off are made by the rules. Without the chain the packets pass: the control.
+// off are made by the rules. Without these the packets pass: the control.
 func TestAntispoof(t *testing.T) {
-	without := func(r *Ruleset) { r.Chain("antispoof").Rules = nil }
+	without := func(r *Ruleset) {
+		for i := range r.Chains {
+			r.Chains[i].Rules = slices.DeleteFunc(r.Chains[i].Rules, func(rule Rule) bool {
+				text := rule.Text()
+				return strings.Contains(text, CounterSpoof) || strings.Contains(text, CounterReversePath) || strings.Contains(text, CounterMisplaced)
+			})
+		}
+	}
 	setup := func(t *testing.T, strict bool, mutate func(*Ruleset)) (*lab, *Firewall, *queues) {
 		l := newLab(t)
 		for _, name := range []string{"cli", "srv"} {
@@ -374,6 +381,12 @@ func TestAntispoof(t *testing.T) {
 		{"local source", CounterSpoof, func(e ends) []byte {
 			return tcpPacket(at(e.vip, 80), at(e.server, 9), ackFlag, "")
 		}, false},
+		{"local source to a VIP", CounterSpoof, func(e ends) []byte {
+			return tcpPacket(at(e.snip, 7), at(e.vip, 80), ackFlag, "")
+		}, false},
+		{"source not routed through the interface, to a VIP", CounterReversePath, func(e ends) []byte {
+			return tcpPacket(at(netip.MustParseAddr("198.18.2.99"), 7), at(e.vip, 80), ackFlag, "")
+		}, true},
 		{"server's address from the client side", CounterMisplaced, func(e ends) []byte {
 			return tcpPacket(at(e.server, 8080), at(e.snip, 20000), ackFlag, "")
 		}, false},

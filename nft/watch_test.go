@@ -101,7 +101,7 @@ func TestWatchRestores(t *testing.T) {
 		"flush ruleset",
 		"delete table inet weir",
 		"flush table inet weir",
-		"flush chain inet weir antispoof",
+		"flush chain inet weir from_client4",
 		"flush chain inet weir divert\nflush chain inet weir shard0",
 		"flush set inet weir vips4",
 		"delete element inet weir snips4 { 198.51.100.1 }",
