@@ -485,7 +485,7 @@ func (m *Module) openQueues(params *nft.Params, give *undo) error {
 	m.keepShards(params.Shards)
 	add := func(number uint16, length uint32, role role) error {
 		cfg := divert.Config{Queue: number, Length: length, GSO: m.config().Queue.GSO}
-		if role == roleShard {
+		if role != roleControl {
 			cfg.Linger = divert.DefaultLinger
 		}
 		q, err := m.openQueue(cfg)

@@ -216,12 +216,15 @@ func (q *batched) receive(batch []Packet, timeout time.Duration) (int, error) {
 		if timeout <= 0 || waited {
 			return 0, nil
 		}
-		if !empty || (spin < q.cfg.Spin && !q.pending.Load()) {
+		if !empty {
 			continue
 		}
 		now := time.Since(q.opened)
 		if timeout > q.cfg.Linger && !q.pending.Load() && q.linger.goOn(now) {
 			_, _, _ = unix.Syscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+			continue
+		}
+		if spin < q.cfg.Spin && !q.pending.Load() {
 			continue
 		}
 		q.linger.over()

@@ -143,14 +143,14 @@ type Config struct {
 	// CopyRange is how many bytes of a packet are copied at most. Default and
 	// maximum MaxPacket.
 	CopyRange uint32
-	// Spin is how many times the batched queue looks for packets before it goes
-	// to sleep. Default DefaultSpin; negative: never look twice.
-	Spin int
-	// Linger is how long the batched queue goes on looking after that, giving
-	// way to other threads in between, while packets come at shorter intervals
+	// Linger is how long the batched queue goes on looking for packets, giving
+	// way to other threads in between, while they come at shorter intervals
 	// than this; at most a millisecond. 0: not at all. DefaultLinger suits a
 	// thread that connections wait for.
 	Linger time.Duration
+	// Spin is how many times it looks after that, without giving way, before it
+	// goes to sleep. Default DefaultSpin; negative: never look twice.
+	Spin int
 	// FD is a socket of Bind for this queue, mostly inherited from a process
 	// that was killed. What waits in the kernel without an answer comes anew
 	// with the first Receive. 0 stands for none. OpenBatched owns it from the
