@@ -169,12 +169,11 @@ func (b *builder) shards() {
 }
 
 // localSource matches a packet from outside that claims to come from the router.
-func localSource() []term { return []term{notLoopback(), sourceIsLocal()} }
+func localSource() []term { return []term{sourceIsLocal(), notLoopback()} }
 
-// strictReversePath takes over what a loosened rp_filter, which is a matter of
-// IPv4 only, opens up.
-func (b *builder) strictReversePath() Rule {
-	return b.rule(nfproto(&family4), iifnameIn(setStrict), noReversePath(), b.count(CounterReversePath), drop())
+// strictReversePath takes over what a loosened rp_filter opens up.
+func (b *builder) strictReversePath() []term {
+	return []term{iifnameIn(setStrict), noReversePath(), b.count(CounterReversePath), drop()}
 }
 
 // fromServer matches a packet from a server to one of the engine's ports.
@@ -216,7 +215,8 @@ func (b *builder) divert() {
 		b.rule(append(localSource(),
 			destinationTypeNot("multicast", unix.RTN_MULTICAST), destinationTypeNot("broadcast", unix.RTN_BROADCAST),
 			b.count(CounterSpoof), drop())...),
-		b.strictReversePath())
+		// rp_filter is a matter of IPv4 only.
+		b.rule(append([]term{nfproto(&family4)}, b.strictReversePath()...)...))
 	for _, f := range families {
 		for _, set := range []string{setVIPAddrs, setSNIPs} {
 			terms := []term{f.fragmented(), l4tcp(), f.destinationIn(set + f.suffix)}
@@ -246,7 +246,7 @@ func (b *builder) clients(f *ipFamily) {
 	}}
 	if f == &family4 {
 		c.Comment = "From clients to a VIP, which a policy may ban."
-		c.Rules = append(c.Rules, b.strictReversePath())
+		c.Rules = append(c.Rules, b.rule(b.strictReversePath()...))
 	}
 	c.Rules = append(c.Rules,
 		b.rule(f.sourceIn(setBans+f.suffix), b.count(CounterBanned), drop()),

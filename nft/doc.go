@@ -103,8 +103,8 @@
 //
 //		# From clients to a VIP, which a policy may ban.
 //		chain from_client4 {
-//			iif != "lo" fib saddr type local counter name "spoof" drop
-//			meta nfproto ipv4 iifname @strict_rp fib saddr . iif oif missing counter name "reverse_path" drop
+//			fib saddr type local iif != "lo" counter name "spoof" drop
+//			iifname @strict_rp fib saddr . iif oif missing counter name "reverse_path" drop
 //			ip saddr @bans4 counter name "banned" drop
 //			ip frag-off & 0x3fff != 0 counter name "fragment" drop
 //			tcp flags & (fin | syn | rst | ack) != syn counter name "client" jhash ip saddr . tcp sport mod 2 seed 0x57454952 vmap { 0 : goto shard0, 1 : goto shard1 }
@@ -118,7 +118,7 @@
 //		}
 //
 //		chain from_client6 {
-//			iif != "lo" fib saddr type local counter name "spoof" drop
+//			fib saddr type local iif != "lo" counter name "spoof" drop
 //			ip6 saddr @bans6 counter name "banned" drop
 //			exthdr frag exists counter name "fragment" drop
 //			tcp flags & (fin | syn | rst | ack) != syn counter name "client" jhash ip6 saddr . tcp sport mod 2 seed 0x57454952 vmap { 0 : goto shard0, 1 : goto shard1 }
@@ -142,7 +142,7 @@
 //			ip saddr . tcp sport @servers4 ip daddr @snips4 tcp dport 10240-32767 tcp dport != @except_ports goto from_server4
 //			ip6 daddr . tcp dport @vips6 goto from_client6
 //			ip6 saddr . tcp sport @servers6 ip6 daddr @snips6 tcp dport 10240-32767 tcp dport != @except_ports goto from_server6
-//			iif != "lo" fib saddr type local fib daddr type != multicast fib daddr type != broadcast counter name "spoof" drop
+//			fib saddr type local iif != "lo" fib daddr type != multicast fib daddr type != broadcast counter name "spoof" drop
 //			meta nfproto ipv4 iifname @strict_rp fib saddr . iif oif missing counter name "reverse_path" drop
 //			ip frag-off & 0x3fff != 0 meta l4proto tcp ip daddr @vip_addrs4 counter name "fragment" drop
 //			ip frag-off & 0x3fff != 0 meta l4proto tcp ip daddr @snips4 counter name "fragment" drop

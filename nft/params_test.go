@@ -168,3 +168,43 @@ func TestAcks(t *testing.T) {
 		acks(b[:r.IntN(len(b)+1)])
 	}
 }
+
+// TestShortWay: a packet of a diverted flow meets few expressions before it is
+// queued, each of which costs it some ten nanoseconds: those that recognise it,
+// before all other rules, and those of its own kind.
+func TestShortWay(t *testing.T) {
+	for _, k := range []Kernel{full, {CompatQueue: true, Ct: true, IPv6: true}} {
+		r, err := Build(fixed(1), k)
+		if err != nil {
+			t.Fatal(err)
+		}
+		count := func(rules ...Rule) (n int) {
+			for _, rule := range rules {
+				nf, l4 := 0, 0 // of the family and the protocol, once a rule
+				for _, t := range rule.terms {
+					n += len(t.exprs)
+					if t.nf != 0 {
+						nf = 2
+					}
+					if t.l4 != 0 {
+						l4 = 2
+					}
+				}
+				n += nf + l4
+			}
+			return n
+		}
+		divert := r.Chain("divert").Rules
+		for i, chain := range []string{"from_client4", "from_server4", "from_client6", "from_server6"} {
+			if text := divert[1+i].Text(); !strings.HasSuffix(text, "goto "+chain) {
+				t.Fatalf("rule %d of divert is %q, want one that goes to %s", 1+i, text, chain)
+			}
+		}
+		client := count(divert[:2]...) + count(r.Chain("from_client4").Rules...)
+		server := count(divert[:3]...) + count(r.Chain("from_server4").Rules...)
+		t.Logf("expressions: %d for a client's packet, %d for a server's", client, server)
+		if client > 44 || server > 40 {
+			t.Errorf("%d expressions for a client's packet, %d for a server's", client, server)
+		}
+	}
+}
