@@ -177,18 +177,18 @@ func (w *planner) value(f *field, a, b reflect.Value, at place) {
 // named compares two lists of sections by the names of their elements.
 func (w *planner) named(f *field, a, b reflect.Value, at place) {
 	key := f.elem.fields[0] // name, or use
-	index := func(l reflect.Value, name string) int {
+	index := func(l reflect.Value) map[string]int {
+		m := make(map[string]int, l.Len())
 		for i := range l.Len() {
-			if l.Index(i).Field(key.index).String() == name {
-				return i
-			}
+			m[l.Index(i).Field(key.index).String()] = i
 		}
-		return -1
+		return m
 	}
+	inA, inB := index(a), index(b)
 	var kept [2][]string
 	for i := range a.Len() {
 		name := a.Index(i).Field(key.index).String()
-		if index(b, name) >= 0 {
+		if _, ok := inB[name]; ok {
 			kept[0] = append(kept[0], name)
 		} else if !implied(a.Index(i)) {
 			w.add(f.elem, Removed, at.element(name, i, i), "", "")
@@ -196,9 +196,9 @@ func (w *planner) named(f *field, a, b reflect.Value, at place) {
 	}
 	for i := range b.Len() {
 		name := b.Index(i).Field(key.index).String()
-		j := index(a, name)
+		j, ok := inA[name]
 		switch {
-		case j >= 0:
+		case ok:
 			kept[1] = append(kept[1], name)
 			w.section(f.elem, a.Index(j), b.Index(i), at.element(name, j, i))
 		case !implied(b.Index(i)):
@@ -297,12 +297,54 @@ func (w *planner) free(f *field, a, b map[string]any, at place) {
 // longestText bounds how much of a value a plan shows, bytes.
 const longestText = 120
 
+// cutMark ends a text that does not show all of a value.
+const cutMark = " ..."
+
 func freeText(key string, v any) string {
-	n := new(yaml.Node)
-	if err := n.Encode(redactedValue(key, v)); err != nil {
+	n, o := new(yaml.Node), opening{room: longestText}
+	if err := n.Encode(o.of(redactedValue(key, v))); err != nil {
 		return "?"
 	}
-	return flow(n)
+	s := flow(n)
+	if o.cut && !strings.HasSuffix(s, cutMark) {
+		s += cutMark
+	}
+	return s
+}
+
+// opening takes from a value what there is room to show: thousands of routes
+// need not be written down for a line of text.
+type opening struct {
+	room int // bytes, at least what is shown needs
+	cut  bool
+}
+
+// of leaves out elements of lists behind those that take all the room. It
+// changes nothing in v.
+func (o *opening) of(v any) any {
+	switch x := v.(type) {
+	case []any:
+		l := make([]any, 0, min(len(x), longestText))
+		for _, e := range x {
+			if o.room < 0 {
+				o.cut = true
+				break
+			}
+			o.room-- // what stands between two
+			l = append(l, o.of(e))
+		}
+		return l
+	case map[string]any:
+		m := make(map[string]any, len(x))
+		for _, k := range sortedKeys(x) {
+			o.room -= len(k)
+			m[k] = o.of(x[k])
+		}
+		return m
+	case string:
+		o.room -= len(x)
+	}
+	return v
 }
 
 // written returns a value as one would write it in one line.
@@ -334,7 +376,7 @@ func flow(n *yaml.Node) string {
 	}
 	s := string(bytes.Join(bytes.Fields(b), []byte(" ")))
 	if len(s) > longestText {
-		s = strings.ToValidUTF8(s[:longestText], "") + " ..."
+		s = strings.ToValidUTF8(s[:longestText], "") + cutMark
 	}
 	return s
 }

@@ -3,12 +3,14 @@
 package config
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"go.yaml.in/yaml/v3"
 )
 
 const planBase = `
@@ -177,5 +179,42 @@ func TestClone(t *testing.T) {
 	}
 	if err := now.Check(); err != nil {
 		t.Errorf("a good configuration: %v", err)
+	}
+}
+
+// TestLongText: of a long list as much is shown as of a short one, and the text
+// is what stands at the beginning of the whole.
+func TestLongText(t *testing.T) {
+	var routes []any
+	for i := range 1000 {
+		routes = append(routes, map[string]any{"prefix": fmt.Sprintf("/%d", i), "to": []any{"red", i, true, 1.5}})
+	}
+	for name, c := range map[string]struct {
+		value any
+		mark  bool
+	}{
+		"long list":   {routes, true},
+		"short list":  {routes[:1], false},
+		"in mappings": {map[string]any{"b": map[string]any{"a": routes}, "a": "x"}, true},
+		"in lists":    {[]any{[]any{routes}, "behind"}, true},
+		"empty":       {[]any{}, false},
+		"number":      {7, false},
+	} {
+		n := new(yaml.Node)
+		if err := n.Encode(c.value); err != nil {
+			t.Fatal(err)
+		}
+		if got, want := freeText("routes", c.value), flow(n); got != want || strings.HasSuffix(got, cutMark) != c.mark {
+			t.Errorf("%s: %q, want %q", name, got, want)
+		}
+	}
+	if len(routes) != 1000 {
+		t.Error("the value was changed")
+	}
+	// White space is shown as one space, so that this text is shorter than the
+	// room; it has to say all the same that there is more.
+	spaces := []any{"a" + strings.Repeat(" ", 200) + "b", "c", "d"}
+	if got := freeText("routes", spaces); !strings.HasSuffix(got, cutMark) {
+		t.Errorf("%q does not say that there is more", got)
 	}
 }
