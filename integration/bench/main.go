@@ -16,6 +16,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -84,8 +85,8 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 	fs.SetOutput(w)
 	fs.BoolVar(&o.full, "full", false, "all workloads, a quarter of an hour; the default is a quick run of less than three minutes")
 	fs.BoolVar(&o.realtime, "realtime", false, "run everything that is measured before all else on this machine, for one that others use too")
-	fs.IntVar(&o.rounds, "rounds", 3, "how often everything is measured")
-	fs.DurationVar(&o.measure, "measure", 0, "time of one measurement; 0: 1.5s, in a full run 1s")
+	fs.IntVar(&o.rounds, "rounds", 0, "how often everything is measured; 0: 5, in a full run 3")
+	fs.DurationVar(&o.measure, "measure", 0, "time of one measurement; 0: 900ms, in a full run 1s")
 	fs.StringVar(&o.weir, "weir", "bin/weir", "the weir executable")
 	fs.StringVar(&o.out, "out", "docs/bench", "directory of the report; empty: standard output alone")
 	fs.StringVar(&o.contenders, "contenders", "", "comma-separated names, of: "+strings.Join(names(contenders), ", "))
@@ -94,12 +95,11 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
-	if o.measure == 0 {
-		o.measure = 1500 * time.Millisecond
-		if o.full {
-			o.measure = time.Second
-		}
+	rounds, measure := 5, 900*time.Millisecond
+	if o.full {
+		rounds, measure = 3, time.Second
 	}
+	o.rounds, o.measure = cmp.Or(o.rounds, rounds), cmp.Or(o.measure, measure)
 	if fs.NArg() > 0 || o.rounds < 1 {
 		fs.Usage()
 		return flag.ErrHelp
