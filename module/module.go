@@ -485,7 +485,7 @@ func (m *Module) openQueues(params *nft.Params, give *undo) error {
 	m.keepShards(params.Shards)
 	add := func(number uint16, length uint32, role role) error {
 		cfg := divert.Config{Queue: number, Length: length, GSO: m.config().Queue.GSO}
-		if role != roleControl {
+		if role != roleControl { // connections wait for the others
 			cfg.Linger = divert.DefaultLinger
 		}
 		q, err := m.openQueue(cfg)
