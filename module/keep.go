@@ -383,7 +383,7 @@ func (m *Module) keepConfig() {
 	if m.keep.dir == "" {
 		return
 	}
-	text, err := m.op.file.Dump()
+	text, err := m.op.file.Compact()
 	var b []byte
 	if err == nil {
 		b, err = seal(string(text))

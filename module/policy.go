@@ -99,10 +99,16 @@ func (m *Module) avoid(f *farm.Farm) {
 // takeConnections opens the farms of which every policy has spoken, or whose
 // start timeout is over. The caller holds the lock.
 func (m *Module) takeConnections() {
-	ready := map[uint16]bool{}
-	for _, f := range m.db.Load().Farms {
+	farms := m.db.Load().Farms
+	uses := make(map[string][]config.PolicyUse, len(farms)) // looked up once for each farm
+	for i := range m.config().Farms {
+		c := &m.config().Farms[i]
+		uses[c.Name] = c.Policies
+	}
+	ready := make(map[uint16]bool, len(farms))
+	for _, f := range farms {
 		open := true
-		for _, p := range m.config().Farm(f.Name).Policies {
+		for _, p := range uses[f.Name] {
 			open = open && (p.Shadow || m.policies.last[[2]string{f.Name, p.Use}] != nil)
 		}
 		ready[f.ID] = open || m.policies.open[f.ID]
@@ -149,11 +155,11 @@ func (m *Module) startFarms(ctx context.Context) {
 			if now := m.db.Load().FarmByID(id); now == nil || now.Name != name || now.Removed {
 				return // another one has the number by now
 			}
+			m.policies.open[id] = true
 			if !(*m.ready.Load())[id] {
 				m.log.Warn("a policy has not spoken in time; the farm takes connections without it", "farm", name, "start_timeout", longest)
+				m.takeConnections()
 			}
-			m.policies.open[id] = true
-			m.takeConnections()
 		})
 		context.AfterFunc(ctx, func() { timer.Stop() })
 	}

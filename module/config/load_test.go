@@ -264,9 +264,47 @@ func TestDump(t *testing.T) {
 	if !bytes.Equal(first, second) {
 		t.Errorf("(-first +second):\n%s", cmp.Diff(string(first), string(second)))
 	}
+	compact, err := c.Compact()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if compact[0] != '{' {
+		t.Errorf("not compact: %s", compact)
+	}
+	if again, err := loadBytes(compact); err != nil {
+		t.Error(err)
+	} else if third, err := again.Dump(); err != nil || !bytes.Equal(first, third) {
+		t.Errorf("%v (-first +compact):\n%s", err, cmp.Diff(string(first), string(third)))
+	}
 	for _, line := range []string{"runtime_dir: /run/weir", "stop_timeout: 10s", "drain_limit: 1MiB", "mark: 0x57000000/0xff000000", "ports: 10240-32767", `metrics: ""`, "shards: auto", "- name: path"} {
 		if !strings.Contains(string(first), line+"\n") {
 			t.Errorf("the dump lacks %q:\n%s", line, first)
+		}
+	}
+}
+
+// TestCompact: what YAML and JSON understand differently is read back as it was.
+func TestCompact(t *testing.T) {
+	for _, value := range []string{
+		`{f: 1.5, i: 1, big: 18446744073709551615, e: 1e21, b: true, n: null, s: "1", t: "true", empty: ""}`,
+		`"a\u007fb"`, `"\u0085\u2028\ufeff"`, `"<&>\"\\/\t"`, `"😀 ä"`, `2001-12-15T02:59:43.1Z`, `[[], {}, [[1]]]`, `{"with space": x, "a: b": "c # d"}`,
+	} {
+		c, err := loadBytes([]byte(minimal + `    policies: [{use: mine, config: {x: ` + value + `}}]
+plugins: [{name: mine}]
+`))
+		if err != nil {
+			t.Fatalf("%s: %v", value, err)
+		}
+		b, err := c.Compact()
+		if err != nil {
+			t.Fatalf("%s: %v", value, err)
+		}
+		again, err := loadBytes(b)
+		if err != nil {
+			t.Fatalf("%s: %v\n%s", value, err, b)
+		}
+		if diff := cmp.Diff(c.Farms[0].Policies[0].Config, again.Farms[0].Policies[0].Config); diff != "" {
+			t.Errorf("%s (-was +is):\n%s", value, diff)
 		}
 	}
 }
@@ -385,6 +423,16 @@ func FuzzLoad(f *testing.F) {
 		second, err := again.Dump()
 		if err != nil || !bytes.Equal(first, second) {
 			t.Fatalf("the dump changed (-first +second): %v\n%s", err, cmp.Diff(string(first), string(second)))
+		}
+		compact, err := c.Compact()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again, err = loadBytes(compact); err != nil {
+			t.Fatalf("the compact dump does not load: %v\n%s", err, compact)
+		}
+		if third, err := again.Dump(); err != nil || !bytes.Equal(first, third) {
+			t.Fatalf("the compact dump changed (-first +third): %v\n%s", err, cmp.Diff(string(first), string(third)))
 		}
 	})
 }
