@@ -56,10 +56,14 @@ func appendFlow(b []byte, n *yaml.Node) ([]byte, bool) {
 	case yaml.MappingNode:
 		b = append(b, '{')
 		for i := 0; ok && i+1 < len(n.Content); i += 2 {
+			start := len(b)
 			if b, ok = appendFlow(b, n.Content[i]); ok {
+				ok = len(b)-start <= longestKey
 				b = append(b, ": "...)
-				b, ok = appendFlow(b, n.Content[i+1])
+				var whole bool
+				b, whole = appendFlow(b, n.Content[i+1])
 				b = append(b, ",\n"...)
+				ok = ok && whole
 			}
 		}
 		return append(b, '}'), ok
@@ -83,6 +87,10 @@ func appendFlow(b []byte, n *yaml.Node) ([]byte, bool) {
 	}
 	return b, false
 }
+
+// longestKey is how long a key may be whose ": " follows in the same line (YAML
+// 1.2.2, section 7.4.2, in characters), quotes included.
+const longestKey = 1024
 
 // unprintable: YAML 1.2.2, section 5.1.
 func unprintable(r rune) bool {

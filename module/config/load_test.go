@@ -288,6 +288,7 @@ func TestCompact(t *testing.T) {
 	for _, value := range []string{
 		`{f: 1.5, i: 1, big: 18446744073709551615, e: 1e21, b: true, n: null, s: "1", t: "true", empty: ""}`,
 		`"a\u007fb"`, `"\u0085\u2028\ufeff"`, `"<&>\"\\/\t"`, `"😀 ä"`, `2001-12-15T02:59:43.1Z`, `[[], {}, [[1]]]`, `{"with space": x, "a: b": "c # d"}`,
+		`{? ` + strings.Repeat("k", 2000) + ` : x}`, `[` + strings.Repeat("v", 2000) + `]`,
 	} {
 		c, err := loadBytes([]byte(minimal + `    policies: [{use: mine, config: {x: ` + value + `}}]
 plugins: [{name: mine}]
