@@ -16,6 +16,9 @@ const (
 	priorityRaw    = -300
 	priorityFilter = 0
 
+	// Before any instance translates: what another one has translated has a
+	// VIP as its source, which is local.
+	prioritySpoof   = priorityRaw - 2
 	priorityDivert  = priorityRaw - 1
 	priorityUntrack = priorityRaw + 1
 
@@ -76,6 +79,7 @@ func Build(p Params, k Kernel) (*Ruleset, error) {
 	b := builder{p: &p, k: k, r: &Ruleset{Table: p.Table, compat: !k.NativeQueue}}
 	b.sets()
 	b.shards()
+	b.antispoof()
 	b.divert()
 	b.untrack()
 	b.syn()
@@ -168,12 +172,21 @@ func (b *builder) shards() {
 	}
 }
 
-// localSource matches a packet from outside that claims to come from the router.
-func localSource() []term { return []term{sourceIsLocal(), notLoopback()} }
-
-// strictReversePath takes over what a loosened rp_filter opens up.
-func (b *builder) strictReversePath() []term {
-	return []term{iifnameIn(setStrict), noReversePath(), b.count(CounterReversePath), drop()}
+// antispoof takes over what accept_local=1 and a loosened rp_filter open up.
+func (b *builder) antispoof() {
+	b.chain(Chain{
+		Name: "antispoof", Hook: "prerouting", Priority: prioritySpoof,
+		Comment: "What accept_local and a loosened rp_filter let in is stopped here.\n" +
+			"Looped-back multicast and broadcast have a local source by right.",
+		Rules: []Rule{
+			b.rule(b.ours(), returns()),
+			b.rule(sourceIsLocal(), notLoopback(),
+				destinationTypeNot("multicast", unix.RTN_MULTICAST), destinationTypeNot("broadcast", unix.RTN_BROADCAST),
+				b.count(CounterSpoof), drop()),
+			// rp_filter is a matter of IPv4 only.
+			b.rule(nfproto(&family4), iifnameIn(setStrict), noReversePath(), b.count(CounterReversePath), drop()),
+		},
+	})
 }
 
 // fromServer matches a packet from a server to one of the engine's ports.
@@ -188,10 +201,9 @@ func (b *builder) toSNIPPort(f *ipFamily) []term {
 	}
 }
 
-// divert sends the packets of diverted flows to the shards, and takes over what
-// accept_local=1 and a loosened rp_filter open up. What is ours is recognised
-// first and then goes through the rules of its own kind only: each expression
-// costs every packet some ten nanoseconds.
+// divert sends the packets of diverted flows to the shards. What is ours is
+// recognised first and then goes through the rules of its own kind only: each
+// expression costs every packet some ten nanoseconds.
 func (b *builder) divert() {
 	for _, f := range families {
 		b.clients(f)
@@ -200,10 +212,8 @@ func (b *builder) divert() {
 	c := Chain{
 		Name: "divert", Hook: "prerouting", Priority: priorityDivert,
 		Comment: "Packets of diverted flows go to the engine; what it rewrote comes by with the\n" +
-			"mark. All others: what accept_local and a loosened rp_filter let in is stopped\n" +
-			"(looped-back multicast and broadcast have a local source by right), and a\n" +
-			"fragment that nobody reassembled cannot be told apart and never passes. ICMP\n" +
-			"errors about TCP of a VIP or SNIP address, lo included, are the engine's.",
+			"mark. A fragment that nobody reassembled cannot be told apart: never pass it.\n" +
+			"ICMP errors about TCP of a VIP or SNIP address, lo included, are the engine's.",
 		Rules: []Rule{b.rule(b.ours(), returns())},
 	}
 	for _, f := range families {
@@ -211,12 +221,6 @@ func (b *builder) divert() {
 			b.rule(f.concatIn(true, setVIPs+f.suffix), goTo(clientChain(f))),
 			b.rule(append(b.fromServer(f), goTo(serverChain(f)))...))
 	}
-	c.Rules = append(c.Rules,
-		b.rule(append(localSource(),
-			destinationTypeNot("multicast", unix.RTN_MULTICAST), destinationTypeNot("broadcast", unix.RTN_BROADCAST),
-			b.count(CounterSpoof), drop())...),
-		// rp_filter is a matter of IPv4 only.
-		b.rule(append([]term{nfproto(&family4)}, b.strictReversePath()...)...))
 	for _, f := range families {
 		for _, set := range []string{setVIPAddrs, setSNIPs} {
 			terms := []term{f.fragmented(), l4tcp(), f.destinationIn(set + f.suffix)}
@@ -242,23 +246,19 @@ func (b *builder) divert() {
 // inspect: all so does the rest.
 func (b *builder) clients(f *ipFamily) {
 	c := Chain{Name: clientChain(f), Rules: []Rule{
-		b.rule(append(localSource(), b.count(CounterSpoof), drop())...),
+		b.rule(f.sourceIn(setBans+f.suffix), b.count(CounterBanned), drop()),
+		b.rule(f.fragmented(), b.count(CounterFragment), drop()),
 	}}
 	if f == &family4 {
 		c.Comment = "From clients to a VIP, which a policy may ban."
-		c.Rules = append(c.Rules, b.rule(b.strictReversePath()...))
 	}
-	c.Rules = append(c.Rules,
-		b.rule(f.sourceIn(setBans+f.suffix), b.count(CounterBanned), drop()),
-		b.rule(f.fragmented(), b.count(CounterFragment), drop()))
 	if !b.p.InspectAll {
 		c.Rules = append(c.Rules, b.rule(plainSYN(false), b.count(CounterClient), b.clientShard(f)))
 	}
 	b.chain(c)
 }
 
-// servers is where packets from a server to one of the engine's ports go. The
-// first rule stops local sources too: no interface leads to them.
+// servers is where packets from a server to one of the engine's ports go.
 func (b *builder) servers(f *ipFamily) {
 	c := Chain{Name: serverChain(f), Rules: []Rule{
 		b.rule(noReversePath(), b.count(CounterMisplaced), drop()),

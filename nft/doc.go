@@ -13,8 +13,8 @@
 // The life of a start, in order: Probe; Interfaces; CheckForwarding,
 // CheckVIPListeners, LocalPortsInRange, CheckQueues; StrictInterfaces; Install;
 // ApplySysctls. Of a stop: Journal.Restore, Firewall.Remove. Install before
-// ApplySysctls, and Remove after Restore: the rules against spoofed sources
-// stand while the kernel's own checks are loosened.
+// ApplySysctls, and Remove after Restore: the antispoof chain stands while the
+// kernel's own checks are loosened.
 //
 // # Threads and namespaces
 //
@@ -101,10 +101,17 @@
 //			queue num 22275
 //		}
 //
+//		# What accept_local and a loosened rp_filter let in is stopped here.
+//		# Looped-back multicast and broadcast have a local source by right.
+//		chain antispoof {
+//			type filter hook prerouting priority raw - 2; policy accept;
+//			meta mark & 0xff000000 == 0x57000000 return
+//			fib saddr type local iif != "lo" fib daddr type != multicast fib daddr type != broadcast counter name "spoof" drop
+//			meta nfproto ipv4 iifname @strict_rp fib saddr . iif oif missing counter name "reverse_path" drop
+//		}
+//
 //		# From clients to a VIP, which a policy may ban.
 //		chain from_client4 {
-//			fib saddr type local iif != "lo" counter name "spoof" drop
-//			iifname @strict_rp fib saddr . iif oif missing counter name "reverse_path" drop
 //			ip saddr @bans4 counter name "banned" drop
 //			ip frag-off & 0x3fff != 0 counter name "fragment" drop
 //			tcp flags & (fin | syn | rst | ack) != syn counter name "client" jhash ip saddr . tcp sport mod 2 seed 0x57454952 vmap { 0 : goto shard0, 1 : goto shard1 }
@@ -118,7 +125,6 @@
 //		}
 //
 //		chain from_client6 {
-//			fib saddr type local iif != "lo" counter name "spoof" drop
 //			ip6 saddr @bans6 counter name "banned" drop
 //			exthdr frag exists counter name "fragment" drop
 //			tcp flags & (fin | syn | rst | ack) != syn counter name "client" jhash ip6 saddr . tcp sport mod 2 seed 0x57454952 vmap { 0 : goto shard0, 1 : goto shard1 }
@@ -131,10 +137,8 @@
 //		}
 //
 //		# Packets of diverted flows go to the engine; what it rewrote comes by with the
-//		# mark. All others: what accept_local and a loosened rp_filter let in is stopped
-//		# (looped-back multicast and broadcast have a local source by right), and a
-//		# fragment that nobody reassembled cannot be told apart and never passes. ICMP
-//		# errors about TCP of a VIP or SNIP address, lo included, are the engine's.
+//		# mark. A fragment that nobody reassembled cannot be told apart: never pass it.
+//		# ICMP errors about TCP of a VIP or SNIP address, lo included, are the engine's.
 //		chain divert {
 //			type filter hook prerouting priority raw - 1; policy accept;
 //			meta mark & 0xff000000 == 0x57000000 return
@@ -142,8 +146,6 @@
 //			ip saddr . tcp sport @servers4 ip daddr @snips4 tcp dport 10240-32767 tcp dport != @except_ports goto from_server4
 //			ip6 daddr . tcp dport @vips6 goto from_client6
 //			ip6 saddr . tcp sport @servers6 ip6 daddr @snips6 tcp dport 10240-32767 tcp dport != @except_ports goto from_server6
-//			fib saddr type local iif != "lo" fib daddr type != multicast fib daddr type != broadcast counter name "spoof" drop
-//			meta nfproto ipv4 iifname @strict_rp fib saddr . iif oif missing counter name "reverse_path" drop
 //			ip frag-off & 0x3fff != 0 meta l4proto tcp ip daddr @vip_addrs4 counter name "fragment" drop
 //			ip frag-off & 0x3fff != 0 meta l4proto tcp ip daddr @snips4 counter name "fragment" drop
 //			meta l4proto tcp ip6 daddr @vip_addrs6 exthdr frag exists counter name "fragment" drop

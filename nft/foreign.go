@@ -426,7 +426,7 @@ func (f *finder) sibling(c *theirChain) bool {
 	if c.name != "local_guard" {
 		return false
 	}
-	for _, name := range []string{"divert", "untrack", "syn_local", "syn_routed"} {
+	for _, name := range []string{"antispoof", "divert", "untrack", "syn_local", "syn_routed"} {
 		if f.tables.chains[objectKey{c.family, c.table, name}] == nil {
 			return false
 		}

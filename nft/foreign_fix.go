@@ -81,7 +81,7 @@ func (f *finder) maker(c *theirChain) string {
 }
 
 // firewalld has no match for a mark: the addresses stand for it. Nobody else
-// can send from these, see Build.
+// can send from these, see the antispoof chain.
 func (f *finder) firewalld(c *theirChain) string {
 	if c.hook == "prerouting" {
 		return "in /etc/firewalld/firewalld.conf set IPv6_rpfilter=no; Weir checks the reverse path of what it diverts; then run: firewall-cmd --reload"

@@ -68,7 +68,7 @@ type Params struct {
 
 	// StrictRPFilter names the interfaces on which the kernel's reverse path
 	// filter was strict before ApplySysctls loosened it (StrictInterfaces
-	// finds them). The ruleset takes over its work there.
+	// finds them). The antispoof chain takes over its work there.
 	StrictRPFilter []string
 }
 
