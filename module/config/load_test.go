@@ -86,7 +86,7 @@ func TestExample(t *testing.T) {
 		names = append(names, strings.TrimSpace(fmt.Sprintln(p.Name, p.Implied, p.Command, p.StartTimeout)))
 	}
 	check("plugins", names, []string{"state false [state] 5s", "bandwidth false [bandwidth] 5s", "load false [load] 5s", "path true [path] 5s"})
-	check("queue", c.Queue, Queue{22272, ShardsAuto, true, "batched", 16384, 262144, 16384})
+	check("queue", c.Queue, Queue{22272, ShardsAuto, true, "batched", "auto", 16384, 262144, 16384})
 	check("firewall", c.Firewall, Firewall{"weir", Mark{0x57000000, 0xff000000}, "syn", "close", "auto"})
 	check("log", c.Log, Log{"info", "text", Access{"", "common", 1}})
 	check("admin", c.Admin, Admin{"/run/weir/admin.sock", netip.MustParseAddrPort("127.0.0.1:9464")})
@@ -220,7 +220,7 @@ func TestEnvironmentOfTheProcess(t *testing.T) {
 func TestOverrideErrors(t *testing.T) {
 	_, err := Load(LoadOptions{Overrides: map[string]any{"queue.frist": 1, "log": "x", "stop_timeout": "soon"}})
 	want := `command line: log: this is a section; expected one of its keys, such as log.level
-command line: queue.frist: unknown key; expected one of first, shards, gso, backend, length, clients or servers in queue; did you mean queue.first?
+command line: queue.frist: unknown key; expected one of first, shards, gso, backend, syn, length, clients or servers in queue; did you mean queue.first?
 command line: stop_timeout: cannot read "soon"; expected a duration with its unit, such as 300ms, 10s or 1h30m`
 	if err == nil || err.Error() != want {
 		t.Errorf("got:\n%v\nwant:\n%s", err, want)

@@ -60,7 +60,7 @@ farms:
     pool: {max_idle: 7}
 plugins:
   - {name: bandwidth, config: {servers: {s1: {rate: 200Mbit}, s2: {rate: 1Mbit}}}}
-queue: {first: 100}
+queue: {first: 100, syn: queue}
 firewall: {mark: 0x11000000/0xff000000}
 log: {level: debug}
 `
@@ -96,6 +96,7 @@ log: {level: debug}
 		"hot ~ plugins[bandwidth].config.servers.s1.rate: 100Mbit -> 200Mbit",
 		"hot + plugins[bandwidth].config.servers.s2: {rate: 1Mbit}",
 		"restart ~ queue.first: 22272 -> 100",
+		"restart ~ queue.syn: auto -> queue",
 		"restart ~ firewall.mark: 0x57000000/0xff000000 -> 0x11000000/0xff000000",
 		"hot ~ log.level: info -> debug",
 	}
@@ -130,10 +131,10 @@ func TestRestartKeys(t *testing.T) {
 	walk(schema, false)
 
 	now := parsed(t, planBase)
-	next := parsed(t, planBase+"queue: {first: 7, shards: 2, gso: false, length: 100}\nadmin: {socket: /tmp/x.sock, metrics: 127.0.0.1:1}\nruntime_dir: /tmp/x\nfirewall: {table: other, mark: 0x1/0x1}\nlog: {level: warn}\n")
+	next := parsed(t, planBase+"queue: {first: 7, shards: 2, gso: false, syn: queue, length: 100}\nadmin: {socket: /tmp/x.sock, metrics: 127.0.0.1:1}\nruntime_dir: /tmp/x\nfirewall: {table: other, mark: 0x1/0x1}\nlog: {level: warn}\n")
 	next.Source = Source{}
 	all := Compare(now, next)
-	if n := len(all.Of(Restart)); n < 9 {
+	if n := len(all.Of(Restart)); n < 10 {
 		t.Fatalf("only %d changes: %v", n, all)
 	}
 	got := Compare(now, WithRestartKeys(now, next))
