@@ -27,6 +27,11 @@ const (
 	// at +50, and of two equal priorities the later one runs first.
 	prioritySYN = priorityFilter + 200
 
+	// The companions' chains take what the SYN chains have marked. Beside them
+	// stands the guard: nothing is for both, because no VIP lies in the SNIP
+	// port range.
+	prioritySYNCopy = prioritySYN + 1
+
 	// The guard is the last thing before the router's own sockets, behind
 	// source NAT for input (+100), so that it sees what they would see.
 	priorityGuard = priorityFilter + 201
@@ -64,6 +69,9 @@ var (
 	// ErrNoQueue: the kernel can neither queue natively nor through the
 	// NFQUEUE target.
 	ErrNoQueue = errors.New("the kernel has no way to queue packets to a program")
+
+	// ErrNoDup: the kernel cannot hand SYNs to a program at lo's output.
+	ErrNoDup = errors.New("the kernel cannot duplicate packets to lo in tables that are owned: it takes Linux 6.9 and the modules nft_dup_ipv4 and nft_dup_ipv6")
 )
 
 // Build makes the ruleset of these parameters for this kernel. It touches
@@ -75,6 +83,9 @@ func Build(p Params, k Kernel) (*Ruleset, error) {
 	if !k.NativeQueue && !k.CompatQueue {
 		return nil, fmt.Errorf("nft: %w: load the module nft_queue, or nft_compat and xt_NFQUEUE", ErrNoQueue)
 	}
+	if p.SYNToLo && !k.SYNToLo() {
+		return nil, fmt.Errorf("nft: %w", ErrNoDup)
+	}
 	p = p.clone()
 	b := builder{p: &p, k: k, r: &Ruleset{Table: p.Table, compat: !k.NativeQueue}}
 	b.sets()
@@ -85,6 +96,7 @@ func Build(p Params, k Kernel) (*Ruleset, error) {
 	b.syn()
 	b.guard()
 	b.defrag()
+	b.companions()
 	return b.r, nil
 }
 
@@ -319,7 +331,11 @@ func (b *builder) syn() {
 	} {
 		c.Priority = prioritySYN
 		// Where a server is its own VIP, what goes to it is the engine's.
-		c.Rules = []Rule{b.rule(b.ours(), returns())}
+		if b.p.SYNToLo && c.Hook == "input" {
+			b.toLo(&c)
+		} else {
+			c.Rules = []Rule{b.rule(b.ours(), returns())}
+		}
 		for _, f := range families {
 			c.Rules = append(c.Rules, b.rule(f.concatIn(true, setVIPs+f.suffix), plainSYN(true), b.count(CounterSYN), b.queue(b.p.SYNQueue())))
 		}
@@ -329,6 +345,56 @@ func (b *builder) syn() {
 			}
 		}
 		b.chain(c)
+	}
+}
+
+// toLo has the SYNs marked for the companions. The engine's own packets to a
+// server are told by their source then: a copy that comes in by lo has the mark
+// too. It was counted before it was marked.
+func (b *builder) toLo(c *Chain) {
+	// What was translated for a server on this router comes by here too.
+	c.Rules = append(c.Rules, b.rule(b.ours(), plainSYN(false), returns()))
+	for _, f := range families {
+		c.Rules = append(c.Rules, b.rule(b.ours(), f.sourceIn(setSNIPs+f.suffix), returns()))
+	}
+	for _, f := range b.copied() {
+		c.Rules = append(c.Rules, b.rule(f.concatIn(true, setVIPs+f.suffix), plainSYN(true), notLoopback(),
+			b.count(CounterSYN), setOurs(b.p.Mark, b.p.MarkMask), passOn()))
+	}
+	for _, f := range b.copied() {
+		c.Rules = append(c.Rules, b.rule(f.concatIn(true, setVIPs+f.suffix), plainSYN(true), b.ours(), b.queue(b.p.SYNQueue())))
+	}
+}
+
+// copied are the families whose SYNs are duplicated to lo.
+func (b *builder) copied() []*ipFamily {
+	if !b.k.IPv6 {
+		return families[:1]
+	}
+	return families[:]
+}
+
+// companions duplicate to lo what the SYN chains have marked.
+func (b *builder) companions() {
+	if !b.p.SYNToLo {
+		return
+	}
+	for _, f := range b.copied() {
+		c := Companion{Family: f.word, Chains: companionChains()}
+		c.Chains[0].Comment = "SYNs that the SYN chains have marked go to a program at lo's output."
+		// Where a server is its own VIP and on this router, the engine's SYN to it
+		// comes by lo.
+		c.Chains[0].Rules = []Rule{b.rule(plainSYN(true), b.ours(), notLoopback(), f.dupToLoopback(), drop())}
+		b.r.Companions = append(b.r.Companions, c)
+	}
+}
+
+// companionChains are the chains of a companion, without rules. Forward has none:
+// every translated packet would come by, and pay for it. SYNs to a VIP that is
+// routed through go to the SYN queue.
+func companionChains() []Chain {
+	return []Chain{
+		{Name: "syn_local", Hook: "input", Priority: prioritySYNCopy},
 	}
 }
 

@@ -178,6 +178,8 @@ func emit(mark int, packets ...[]byte) error {
 type queued struct {
 	queue uint16
 	hook  uint8
+	in    uint32 // the interface that it came in by
+	mark  uint32
 	data  []byte
 }
 
@@ -207,7 +209,14 @@ func listen(t *testing.T, first uint16, n int, answer func(q *nfqueue.Nfqueue, i
 				return 1
 			}
 			qs.mu.Lock()
-			qs.seen = append(qs.seen, queued{num, *a.Hook, data})
+			got := queued{queue: num, hook: *a.Hook, data: data}
+			if a.InDev != nil {
+				got.in = *a.InDev
+			}
+			if a.Mark != nil {
+				got.mark = *a.Mark
+			}
+			qs.seen = append(qs.seen, got)
 			qs.mu.Unlock()
 			return 0
 		}, func(error) int { return 0 })

@@ -75,7 +75,7 @@ func BuildDirect(table string, list []Direct) (*Ruleset, error) {
 	return r, nil
 }
 
-// RemoveTo deletes our table, as Remove does, and leaves one that sends new
+// RemoveTo deletes our table and its companions, as Remove does, and leaves one that sends new
 // connections to these servers directly, in the same transaction. It belongs
 // to nobody.
 func (f *Firewall) RemoveTo(list []Direct) error {
@@ -96,7 +96,7 @@ func (f *Firewall) RemoveTo(list []Direct) error {
 	}
 	k := f.k
 	k.Owner = false
-	b, err := rulesetBatch(r, k)
+	b, err := rulesetBatch(r, k, f.r.companions()...)
 	if err != nil {
 		return err
 	}

@@ -22,6 +22,18 @@
 // of the call. A program with several namespaces locks its goroutine to the
 // thread.
 //
+// # SYNs to lo
+//
+// With Params.SYNToLo a program at lo's output, which is not this package's,
+// sees the SYNs to a VIP of the router's own that all rules let through before the
+// SYN queue does. syn_local marks them, and behind it companions, tables of the
+// same name in the families ip and ip6, duplicate them to lo and drop the original:
+// the statement for it does not exist in family inet. What the program lets pass
+// comes in by lo, with our mark, and goes to the SYN queue. Forward is left out:
+// every translated packet would pay for a chain there. All tables change in one transaction, and the companions are
+// there only where nobody else can remove them: a marked SYN that no companion
+// takes would come to the router's own TCP.
+//
 // # The rules
 //
 // For one farm on one IPv4 address with one server and two shards:

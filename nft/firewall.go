@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -40,6 +41,7 @@ type Firewall struct {
 	owner *conn                    // nil without k.Owner, and after Remove
 	gone  bool                     // after Remove
 	bans  map[netip.Addr]time.Time // until when
+	stale []*ipFamily              // companions of a predecessor, for the first batch to remove
 
 	// Of a Watcher, where the table is not owned.
 	guard    *Guard
@@ -64,7 +66,11 @@ func Install(p Params, k Kernel) (*Firewall, error) {
 		return nil, err
 	}
 	f := &Firewall{p: p.clone(), k: k, r: r}
-	if same, err := sameChains(r); err == nil && same {
+	same := false
+	if now, err := readStanding(r.Table); err == nil {
+		same, f.stale = now.renewable(r), now.stale(r)
+	}
+	if same {
 		err := f.put(renewBatch)
 		if err == nil || errors.Is(err, ErrOwned) {
 			return f, err
@@ -77,17 +83,41 @@ func Install(p Params, k Kernel) (*Firewall, error) {
 	return f, nil
 }
 
-// sameChains tells whether the table is in the kernel with exactly the chains
-// of r at the same hooks.
-func sameChains(r *Ruleset) (bool, error) {
+// standing is what the kernel has under our table's name: the chains of each
+// family, with their hooks.
+type standing map[byte]map[string]string
+
+func readStanding(table string) (standing, error) {
 	c, err := dialReader()
 	if err != nil {
-		return false, err
+		return nil, err
 	}
 	defer c.close()
+	hooks := []string{"prerouting", "input", "forward", "output", "postrouting"} // NF_INET_PRE_ROUTING, …
+	s := standing{unix.NFPROTO_INET: {}, unix.NFPROTO_IPV4: {}, unix.NFPROTO_IPV6: {}}
+	err = c.list(unix.NFT_MSG_GETCHAIN, unix.NFPROTO_UNSPEC, nil, func(family byte, a attrs) error {
+		if s[family] == nil || a.text(unix.NFTA_CHAIN_TABLE) != table {
+			return nil
+		}
+		has := ""
+		if hook, err := parseAttrs(a[unix.NFTA_CHAIN_HOOK]); err == nil && len(hook) > 0 {
+			n := hook.uint(unix.NFTA_HOOK_HOOKNUM)
+			if int(n) < len(hooks) {
+				has = fmt.Sprintf("%s %s %d", a.text(unix.NFTA_CHAIN_TYPE), hooks[n], int32(hook.uint(unix.NFTA_HOOK_PRIORITY)))
+			}
+		}
+		s[family][a.text(unix.NFTA_CHAIN_NAME)] = has
+		return nil
+	})
+	return s, err
+}
+
+// same tells whether the table of a family has exactly these chains at the same
+// hooks.
+func (s standing) same(family byte, list []Chain) bool {
 	want := map[string]string{}
-	for i := range r.Chains {
-		ch := &r.Chains[i]
+	for i := range list {
+		ch := &list[i]
 		want[ch.Name] = ""
 		if ch.Hook != "" {
 			kind := "filter"
@@ -97,25 +127,26 @@ func sameChains(r *Ruleset) (bool, error) {
 			want[ch.Name] = fmt.Sprintf("%s %s %d", kind, ch.Hook, ch.Priority)
 		}
 	}
-	hooks := []string{"prerouting", "input", "forward", "output", "postrouting"} // NF_INET_PRE_ROUTING, …
-	same := true
-	err = c.list(unix.NFT_MSG_GETCHAIN, unix.NFPROTO_INET, nil, func(_ byte, a attrs) error {
-		if a.text(unix.NFTA_CHAIN_TABLE) != r.Table {
-			return nil
-		}
-		name, has := a.text(unix.NFTA_CHAIN_NAME), ""
-		if hook, err := parseAttrs(a[unix.NFTA_CHAIN_HOOK]); err == nil && len(hook) > 0 {
-			n := hook.uint(unix.NFTA_HOOK_HOOKNUM)
-			if int(n) < len(hooks) {
-				has = fmt.Sprintf("%s %s %d", a.text(unix.NFTA_CHAIN_TYPE), hooks[n], int32(hook.uint(unix.NFTA_HOOK_PRIORITY)))
-			}
-		}
-		expected, ok := want[name]
-		same = same && ok && expected == has
-		delete(want, name)
-		return nil
+	return maps.Equal(want, s[family])
+}
+
+// renewable: the table has the chains of r, and each companion that is there
+// does too.
+func (s standing) renewable(r *Ruleset) bool {
+	return s.same(unix.NFPROTO_INET, r.Chains) && !slices.ContainsFunc(r.Companions, func(c Companion) bool {
+		return len(s[c.family().nf]) > 0 && !s.same(c.family().nf, c.Chains)
 	})
-	return same && len(want) == 0, err
+}
+
+// companions are the families in which a table of our name is a companion of
+// ours. One that only has the name is somebody else's.
+func (s standing) companions() []*ipFamily {
+	return slices.DeleteFunc(slices.Clone(families[:]), func(f *ipFamily) bool { return !s.same(f.nf, companionChains()) })
+}
+
+// stale are the companions that r does not have.
+func (s standing) stale(r *Ruleset) []*ipFamily {
+	return slices.DeleteFunc(s.companions(), func(f *ipFamily) bool { return slices.Contains(r.companions(), f) })
 }
 
 // Ruleset is what is installed now.
@@ -128,8 +159,8 @@ func (f *Firewall) Ruleset() *Ruleset {
 // install sends the whole table. The caller holds the lock or is the only one.
 func (f *Firewall) install() error { return f.put(rulesetBatch) }
 
-func (f *Firewall) put(encode func(*Ruleset, Kernel) (*batch, error)) error {
-	b, err := encode(f.withBans(), f.k)
+func (f *Firewall) put(encode func(*Ruleset, Kernel, ...*ipFamily) (*batch, error)) error {
+	b, err := encode(f.withBans(), f.k, f.stale...)
 	if err != nil {
 		return err
 	}
@@ -137,6 +168,7 @@ func (f *Firewall) put(encode func(*Ruleset, Kernel) (*batch, error)) error {
 	if err != nil {
 		return err
 	}
+	f.stale = nil
 	if f.k.Owner {
 		f.owner = c
 		return nil
@@ -267,11 +299,13 @@ func fixedDifference(a, b *Params) string {
 		return "queue.shards"
 	case a.InspectAll != b.InspectAll:
 		return "firewall.inspect"
+	case a.SYNToLo != b.SYNToLo:
+		return "queue.syn"
 	}
 	return ""
 }
 
-// Remove deletes our table. It may be called again, and does nothing then, or
+// Remove deletes our table and its companions. It may be called again, and does nothing then, or
 // when somebody else has deleted the table.
 func (f *Firewall) Remove() error {
 	f.mu.Lock()
@@ -286,7 +320,7 @@ func (f *Firewall) Remove() error {
 			return err
 		}
 	}
-	if _, err := deleteTable(c, f.r.Table); err != nil {
+	if _, err := deleteTable(c, f.r.Table, f.r.companions()...); err != nil {
 		if c != f.owner {
 			c.close()
 		}
@@ -399,7 +433,7 @@ func parseCounter(data []byte) (name string, v Counter, err error) {
 	return name, v, ad.Err()
 }
 
-// Cleanup deletes the table that a killed instance left, and says whether there
+// Cleanup deletes the table, with its companions, that a killed instance left, and says whether there
 // was one. It answers ErrOwned while an instance is running on a kernel on which
 // tables have owners; elsewhere the caller has to know that none is.
 func Cleanup(table string) (found bool, err error) {
@@ -411,11 +445,15 @@ func Cleanup(table string) (found bool, err error) {
 		return false, err
 	}
 	defer c.close()
-	return deleteTable(c, table)
+	now, err := readStanding(table)
+	if err != nil {
+		return false, err
+	}
+	return deleteTable(c, table, now.companions()...)
 }
 
-func deleteTable(c *conn, table string) (found bool, err error) {
-	b, err := deleteTableBatch(table)
+func deleteTable(c *conn, table string, companions ...*ipFamily) (found bool, err error) {
+	b, err := deleteTableBatch(table, companions...)
 	if err != nil {
 		return false, err
 	}

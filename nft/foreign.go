@@ -195,6 +195,11 @@ func (f *finder) marked() {
 		snips := slices.DeleteFunc(slices.Clone(f.p.SNIPs), func(a netip.Addr) bool { return a.Is4() != (fam == &family4) })
 		for _, c := range clients {
 			for _, v := range vips {
+				if kind, ok := f.routes.kind(v.Addr(), "", false); f.p.SYNToLo && ok && kind == unix.RTN_LOCAL {
+					// A SYN's copy.
+					f.follow(fam, c.addr, v, flagSYN, true,
+						stage{"output", "", "lo"}, stage{"postrouting", "", "lo"}, stage{"prerouting", "lo", ""}, stage{"input", "lo", ""})
+				}
 				for _, dev := range serverDevices(servers) {
 					// A response, rewritten where it came in.
 					if dev != "lo" {
@@ -420,14 +425,19 @@ func (f *finder) late() {
 }
 
 // sibling says whether a chain is the local_guard of another instance on this
-// host. It stands behind our SYN chains by right: it drops what goes to that
-// instance's own ports.
+// host, or one of its companions. It stands behind our SYN chains by right: it
+// drops what goes to that instance's own ports, or has gone to lo.
 func (f *finder) sibling(c *theirChain) bool {
-	if c.name != "local_guard" {
+	family := c.family
+	switch {
+	case c.name == "local_guard":
+	case f.tables.companion(c.family, c.table):
+		family = unix.NFPROTO_INET
+	default:
 		return false
 	}
 	for _, name := range []string{"antispoof", "divert", "untrack", "syn_local", "syn_routed"} {
-		if f.tables.chains[objectKey{c.family, c.table, name}] == nil {
+		if f.tables.chains[objectKey{family, c.table, name}] == nil {
 			return false
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -141,7 +142,7 @@ var (
 // errChanged: the ruleset changed while it was read.
 var errChanged = errors.New("the ruleset keeps changing while it is read")
 
-// readTables reads all tables except the skipped one of family inet. A ruleset
+// readTables reads all tables except the skipped one and its companions. A ruleset
 // that changes meanwhile is read again.
 func readTables(skip string) (*theirTables, error) {
 	c, err := dialReader()
@@ -286,10 +287,42 @@ func (c *conn) readTables(skip string) (*theirTables, error) {
 	if err != nil {
 		return nil, err
 	}
+	for _, f := range families {
+		t.forgetCompanion(f.nf, skip)
+	}
 	slices.SortStableFunc(t.base, func(a, b *theirChain) int {
 		return cmp.Or(cmp.Compare(a.priority, b.priority), cmp.Compare(b.handle, a.handle))
 	})
 	return t, t.readElements(c)
+}
+
+// companion says whether a table in family ip or ip6 has the chains that a
+// companion has, and no others.
+func (t *theirTables) companion(family byte, table string) bool {
+	if family != unix.NFPROTO_IPV4 && family != unix.NFPROTO_IPV6 {
+		return false
+	}
+	want := companionChains()
+	n := 0
+	for k := range t.chains {
+		if k.family == family && k.table == table {
+			n++
+		}
+	}
+	return n == len(want) && !slices.ContainsFunc(want, func(w Chain) bool {
+		c := t.chains[objectKey{family, table, w.Name}]
+		return c == nil || c.kind != "filter" || c.hook != w.Hook || c.priority != w.Priority
+	})
+}
+
+// forgetCompanion takes our own companion of a family out.
+func (t *theirTables) forgetCompanion(family byte, table string) {
+	if !t.companion(family, table) {
+		return
+	}
+	mine := func(k objectKey) bool { return k.family == family && k.table == table }
+	maps.DeleteFunc(t.chains, func(k objectKey, _ *theirChain) bool { return mine(k) })
+	t.base = slices.DeleteFunc(t.base, func(c *theirChain) bool { return mine(c.objectKey) })
 }
 
 func (t *theirTables) addChain(family byte, a attrs) {

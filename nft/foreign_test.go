@@ -237,3 +237,41 @@ func TestForeignFindings(t *testing.T) {
 		})
 	}
 }
+
+// TestCompanionsNotForeign: neither our companions nor those of another
+// instance stand in the way, for one who reads as for one who traces. What
+// others do to the copies on lo is found.
+func TestCompanionsNotForeign(t *testing.T) {
+	newRouter(t)
+	admit(t)
+	k := probed(t)
+	requireSYNToLo(t, k)
+	p := citizenParams()
+	p.SYNToLo = true
+	other := p
+	other.Table, other.Mark, other.QueueFirst = "weir2", 0x58000000, p.QueueFirst+100
+	other.VIPs = []netip.AddrPort{netip.MustParseAddrPort("192.0.2.99:80")}
+	install(t, p, k, nil)
+	list, err := Trace(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range list {
+		if !x.Passed {
+			t.Errorf("%s %s: %+v %s", x.Kind, x.Packet, x.Ended, x.Lost)
+		}
+	}
+	install(t, other, k, nil)
+	for _, lo := range []bool{true, false} {
+		p.SYNToLo = lo
+		if found, err := Foreign(p); err != nil || len(found) > 0 {
+			t.Errorf("SYNToLo=%v: %v, found %v", lo, err, found)
+		}
+	}
+	p.SYNToLo = true
+	nftLoad(t, `table inet admin { chain input { type filter hook input priority filter; policy accept; iif lo tcp flags syn drop; }; }`)
+	found, err := Foreign(p)
+	if err != nil || len(found) != 1 || found[0].Trouble != DropsMarked || found[0].Chain != "input" {
+		t.Errorf("a rule that ends the copies: %v, found %v", err, found)
+	}
+}

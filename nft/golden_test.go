@@ -32,7 +32,7 @@ func fixed(shards int) Params {
 }
 
 // full is a kernel with everything.
-var full = Kernel{NativeQueue: true, CompatQueue: true, Owner: true, Destroy: true, TProxy4: true, TProxy6: true, Ct: true, IPv6: true}
+var full = Kernel{NativeQueue: true, CompatQueue: true, Owner: true, Destroy: true, TProxy4: true, TProxy6: true, Ct: true, IPv6: true, Dup4: true, Dup6: true}
 
 // TestGolden pins the bytes that go to the kernel: any change of them is a
 // decision, to be seen in review beside the text that they say. Run with
@@ -49,11 +49,14 @@ func TestGolden(t *testing.T) {
 	wide.Shards = 3
 	inspect := fixed(2)
 	inspect.InspectAll = true
+	lo := fixed(2)
+	lo.SYNToLo = true
 	for _, c := range []struct {
 		name string
 		p    Params
 		k    Kernel
 	}{
+		{"lo-2", lo, full},
 		{"inspect-2", inspect, full},
 		{"native-1", fixed(1), full},
 		{"native-4", fixed(4), full},
@@ -83,6 +86,24 @@ func TestGolden(t *testing.T) {
 			t.Fatal(err)
 		}
 		golden(t, "update", "", b)
+	})
+	t.Run("lo-renew", func(t *testing.T) {
+		r, err := Build(lo, full)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := renewBatch(r, full)
+		if err != nil {
+			t.Fatal(err)
+		}
+		golden(t, "lo-renew", "", b)
+	})
+	t.Run("lo-remove", func(t *testing.T) {
+		b, err := deleteTableBatch("weir", families[:]...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		golden(t, "lo-remove", "", b)
 	})
 	t.Run("remove", func(t *testing.T) {
 		b, err := deleteTableBatch("weir")

@@ -78,12 +78,18 @@ func TestProbeUnprivileged(t *testing.T) {
 // this kernel may have no native one.
 func TestKernelSeesTheText(t *testing.T) {
 	require.Netns(t)
-	for _, shards := range []int{1, 2, 5, -2} {
-		t.Run(fmt.Sprint(shards), func(t *testing.T) {
+	for _, c := range []struct {
+		shards         int
+		inspectAll, lo bool
+	}{{shards: 1}, {shards: 2}, {shards: 5}, {2, true, false}, {2, false, true}, {2, true, true}} {
+		t.Run(fmt.Sprintf("%+v", c), func(t *testing.T) {
 			newNetns(t)
 			k := probed(t)
-			p := fixed(max(shards, -shards))
-			p.InspectAll = shards < 0
+			if c.lo {
+				requireSYNToLo(t, k)
+			}
+			p := fixed(c.shards)
+			p.InspectAll, p.SYNToLo = c.inspectAll, c.lo
 			dropInstead := func(r *Ruleset) {
 				for i := range r.Chains {
 					for _, rule := range r.Chains[i].Rules {
@@ -97,13 +103,13 @@ func TestKernelSeesTheText(t *testing.T) {
 			}
 			f := install(t, p, k, dropInstead)
 			text := f.Ruleset().Text()
-			got := nftList(t, "table", "inet", "weir")
+			got := nftList(t, "ruleset")
 			if err := f.Remove(); err != nil {
 				t.Fatal(err)
 			}
 			nftLoad(t, text)
-			want := nftList(t, "table", "inet", "weir")
-			flags := regexp.MustCompile(`(?m)^table inet weir \{.*\n(\tflags .*\n\n?)?`)
+			want := nftList(t, "ruleset")
+			flags := regexp.MustCompile(`(?m)^table \w+ weir \{.*\n(\tflags .*\n\n?)?`)
 			if got, want := flags.ReplaceAllString(got, ""), flags.ReplaceAllString(want, ""); got != want {
 				g, w := strings.Split(got, "\n"), strings.Split(want, "\n")
 				for i := range min(len(g), len(w)) {

@@ -22,8 +22,8 @@ const hashSeed = 0x57454952
 // features. A value is plain data; Build, Install and Update keep no reference
 // to the slices after they return.
 type Params struct {
-	// Table is the name of our table in family inet. No other table is ever
-	// touched.
+	// Table is the name of our table in family inet, and of its companions.
+	// No other table is ever touched.
 	Table string
 
 	// Mark and MarkMask: a packet with (meta mark & MarkMask) == Mark was
@@ -65,6 +65,12 @@ type Params struct {
 	// queues in input or forward, where a rewritten packet is not routed any
 	// more: the engine has to emit it instead.
 	InspectAll bool
+
+	// SYNToLo: plain SYNs to a VIP that is an address of the router, except those
+	// that come by lo, are handed to a program at lo's output instead of to the
+	// SYN queue. What that program lets pass comes in by lo and goes to the SYN
+	// queue then.
+	SYNToLo bool
 
 	// StrictRPFilter names the interfaces on which the kernel's reverse path
 	// filter was strict before ApplySysctls loosened it (StrictInterfaces

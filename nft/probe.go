@@ -25,6 +25,8 @@ type Kernel struct {
 	TProxy6     bool
 	Ct          bool // conntrack expressions, the fallback for that
 	IPv6        bool // the kernel has IPv6
+	Dup4        bool // the dup statement per family, for Params.SYNToLo
+	Dup6        bool
 	NAT         bool // address translation, for firewall.on_stop: direct
 }
 
@@ -33,6 +35,14 @@ type Kernel struct {
 // and SNIPs are dropped and counted.
 func (k Kernel) Defragments() bool {
 	return k.Ct || k.TProxy4 && (k.TProxy6 || !k.IPv6)
+}
+
+// SYNToLo reports whether a ruleset with Params.SYNToLo can be built: SYNs can
+// be duplicated to lo in every family that the kernel has, by tables that
+// nobody else can remove. Without a companion, a marked SYN would come to the
+// router's own TCP.
+func (k Kernel) SYNToLo() bool {
+	return k.Owner && k.Destroy && k.Dup4 && (k.Dup6 || !k.IPv6)
 }
 
 // ErrMissingFeature: the kernel lacks an nftables expression that the rules
@@ -94,6 +104,7 @@ func Probe() (Kernel, error) {
 		NativeQueue: can("queue"), CompatQueue: can("NFQUEUE"),
 		Owner: can("owner"), Destroy: can("destroy"),
 		TProxy4: can("tproxy ip"), TProxy6: can("tproxy ip6"), Ct: knows("ct"),
+		Dup4: can("dup ip"), Dup6: can("dup ip6"),
 		IPv6: ip6err == nil, NAT: can("nat chain") && knows("nat"),
 	}
 	if !can("table") {
@@ -184,6 +195,19 @@ func probeBatch() (*batch, map[string][]int, error) {
 	step("nat chain", 1)
 	rule("nat", nat, &expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4}) // to nowhere
 
+	// dup is not to be had in family inet.
+	dormant := []int{ask["table"][0]}
+	for _, f := range families {
+		name := "dup " + f.word
+		e.in(f.nf)
+		dormant = append(dormant, len(e.what))
+		e.conn.AddTable(e.table)
+		step(name, 1)
+		in := e.conn.AddChain(e.chain(&companionChains()[0]))
+		step(name, 1)
+		rule(name, in, f.dupToLoopback().exprs...)
+	}
+
 	b, err := e.batch()
 	if err != nil {
 		return nil, nil, err
@@ -197,8 +221,10 @@ func probeBatch() (*batch, map[string][]int, error) {
 	// waits in the queues of this network namespace, such as what a dead engine
 	// has left (nf_unregister_net_hook). A dormant table has no hooks; its chains
 	// and rules are checked all the same.
-	if err := setTableFlags(&b.messages[2], table, tableDormant); err != nil {
-		return nil, nil, err
+	for _, i := range dormant {
+		if err := setTableFlags(&b.messages[i], table, tableDormant); err != nil {
+			return nil, nil, err
+		}
 	}
 	return b, ask, nil
 }

@@ -33,12 +33,15 @@ func waitingPackets(t *testing.T) (n int) {
 // where they are, and what is installed is the same as after any other start.
 // Replacing the table, as a start did once, drops them: the control.
 func TestRenew(t *testing.T) {
-	for _, owned := range []bool{true, false} {
-		t.Run(fmt.Sprintf("owned=%v", owned), func(t *testing.T) {
+	for _, c := range []struct{ owned, lo, before bool }{{true, false, false}, {false, false, false}, {true, true, true}, {true, true, false}} {
+		t.Run(fmt.Sprintf("%+v", c), func(t *testing.T) {
 			l := newLab(t)
 			k := probed(t)
-			k.Owner = k.Owner && owned
+			k.Owner = k.Owner && c.owned
 			p := labParams()
+			if p.SYNToLo = c.before; c.lo {
+				requireSYNToLo(t, k)
+			}
 			old, err := Install(p, k)
 			if err != nil {
 				t.Fatal(err)
@@ -53,6 +56,9 @@ func TestRenew(t *testing.T) {
 			if err := old.Leave(); err != nil {
 				t.Fatal(err)
 			}
+			// A start asks first; the tables of its questions have no hooks.
+			probed(t)
+			p.SYNToLo = c.lo
 			// Other elements, as after a change of the configuration.
 			p.VIPs = append(p.VIPs, at(vip4, 8080))
 			p.ExceptPorts = []uint16{12345}
@@ -66,7 +72,7 @@ func TestRenew(t *testing.T) {
 			}
 			counters := regexp.MustCompile(`counter (\w+ \{\s+)?packets \d+ bytes \d+`)
 			list := func() string {
-				return counters.ReplaceAllString(nftList(t, "table", "inet", p.Table), "counter")
+				return counters.ReplaceAllString(nftList(t, "ruleset"), "counter")
 			}
 			renewed := list()
 			before, err := f.Counters()

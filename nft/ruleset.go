@@ -19,7 +19,24 @@ type Ruleset struct {
 	Sets     []Set
 	Chains   []Chain // in order of creation: a chain stands after those that it goes to
 
+	// Companions are tables of the same name in the families ip and ip6, for
+	// the statements that family inet does not have.
+	Companions []Companion
+
 	compat bool // queue statements are xt targets
+}
+
+// Companion is a table beside ours; Family is ip or ip6.
+type Companion struct {
+	Family string
+	Chains []Chain
+}
+
+func (c *Companion) family() *ipFamily {
+	if c.Family == family6.word {
+		return &family6
+	}
+	return &family4
 }
 
 // SetType is the key type of a named set, in nft's words.
@@ -106,6 +123,15 @@ type anonSet struct {
 	keys  []byte
 }
 
+// companions are the families that have one.
+func (r *Ruleset) companions() []*ipFamily {
+	var out []*ipFamily
+	for i := range r.Companions {
+		out = append(out, r.Companions[i].family())
+	}
+	return out
+}
+
 // Set gives the named set, or nil.
 func (r *Ruleset) Set(name string) *Set {
 	for i := range r.Sets {
@@ -126,7 +152,7 @@ func (r *Ruleset) Chain(name string) *Chain {
 	return nil
 }
 
-// Text is the whole table in the syntax of nft(8). `nft -f` accepts it on a
+// Text is the whole table, with its companions, in the syntax of nft(8). `nft -f` accepts it on a
 // kernel that has the native queue expression; where the ruleset uses the
 // NFQUEUE target instead, which that syntax cannot say, a comment says so.
 func (r *Ruleset) Text() string {
@@ -154,28 +180,42 @@ func (r *Ruleset) Text() string {
 		b.WriteString("\t}\n")
 	}
 	for i := range r.Chains {
-		c := &r.Chains[i]
 		b.WriteString("\n")
-		for line := range strings.SplitSeq(c.Comment, "\n") {
-			if line != "" {
-				fmt.Fprintf(&b, "\t# %s\n", line)
-			}
-		}
-		fmt.Fprintf(&b, "\tchain %s {\n", c.Name)
-		if c.Hook != "" {
-			kind, priority := "filter", priorityText(c.Priority)
-			if c.NAT {
-				kind, priority = "nat", fmt.Sprint(c.Priority)
-			}
-			fmt.Fprintf(&b, "\t\ttype %s hook %s priority %s; policy accept;\n", kind, c.Hook, priority)
-		}
-		for _, rule := range c.Rules {
-			fmt.Fprintf(&b, "\t\t%s\n", rule.Text())
-		}
-		b.WriteString("\t}\n")
+		r.Chains[i].write(&b)
 	}
 	b.WriteString("}\n")
+	for i := range r.Companions {
+		c := &r.Companions[i]
+		fmt.Fprintf(&b, "\ntable %s %s {\n", c.Family, r.Table)
+		for j := range c.Chains {
+			if j > 0 {
+				b.WriteString("\n")
+			}
+			c.Chains[j].write(&b)
+		}
+		b.WriteString("}\n")
+	}
 	return b.String()
+}
+
+func (c *Chain) write(b *strings.Builder) {
+	for line := range strings.SplitSeq(c.Comment, "\n") {
+		if line != "" {
+			fmt.Fprintf(b, "\t# %s\n", line)
+		}
+	}
+	fmt.Fprintf(b, "\tchain %s {\n", c.Name)
+	if c.Hook != "" {
+		kind, priority := "filter", priorityText(c.Priority)
+		if c.NAT {
+			kind, priority = "nat", fmt.Sprint(c.Priority)
+		}
+		fmt.Fprintf(b, "\t\ttype %s hook %s priority %s; policy accept;\n", kind, c.Hook, priority)
+	}
+	for _, rule := range c.Rules {
+		fmt.Fprintf(b, "\t\t%s\n", rule.Text())
+	}
+	b.WriteString("\t}\n")
 }
 
 // priorityText writes a priority relative to the standard one that it is

@@ -5,6 +5,7 @@ package nft
 import (
 	"encoding/binary"
 	"fmt"
+	"net/netip"
 	"strings"
 
 	"github.com/google/nftables/expr"
@@ -112,6 +113,18 @@ func markIsOurs(mark, markMask uint32) term {
 			&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1},
 			mask(native32(markMask)),
 			compare(expr.CmpOpEq, native32(mark)),
+		},
+	}
+}
+
+// setOurs makes the mark ours and leaves the bits outside the mask as they are.
+func setOurs(mark, markMask uint32) term {
+	return term{
+		text: fmt.Sprintf("meta mark set meta mark & 0x%08x | 0x%08x", ^markMask, mark),
+		exprs: []expr.Any{
+			&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1},
+			&expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 4, Mask: native32(^markMask), Xor: native32(mark)},
+			&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg1},
 		},
 	}
 }
@@ -279,6 +292,7 @@ func goTo(chain string) term {
 }
 
 func drop() term    { return verdict("drop", expr.VerdictDrop) }
+func passOn() term  { return verdict("accept", expr.VerdictAccept) }
 func returns() term { return verdict("return", expr.VerdictReturn) }
 
 func notrack() term { return term{text: "notrack", exprs: []expr.Any{&expr.Notrack{}}} }
@@ -346,6 +360,24 @@ func serverShard(first, last uint16, shards int) term {
 }
 
 func shardChain(i int) string { return fmt.Sprintf("shard%d", i) }
+
+// dupToLoopback sends a copy out by lo. Its route, to the loopback address, is
+// a local one, so that it comes in again whatever its own destination is. Only
+// the tables of one family have the statement.
+func (f *ipFamily) dupToLoopback() term {
+	to := netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	if f == &family6 {
+		to = netip.IPv6Loopback()
+	}
+	return term{
+		text: fmt.Sprintf(`dup to %v device "lo"`, to),
+		exprs: []expr.Any{
+			&expr.Immediate{Register: reg1, Data: to.AsSlice()},
+			&expr.Immediate{Register: reg2, Data: native32(1)}, // lo, see notLoopback
+			&expr.Dup{RegAddr: reg1, RegDev: reg2, IsRegDevSet: true},
+		},
+	}
+}
 
 // tproxyTo is a tproxy statement; its presence in a rule, evaluated or not,
 // switches the kernel's defragmentation on.

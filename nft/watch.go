@@ -340,7 +340,7 @@ func (s *watching) told(m *netlink.Message) {
 	case unix.NFT_MSG_TRACE:
 	default:
 		// Attribute 1 of every object names its table.
-		if m.Data[0] == unix.NFPROTO_INET && a.text(unix.NFTA_TABLE_NAME) == s.f.tableName() {
+		if s.f.has(m.Data[0], a.text(unix.NFTA_TABLE_NAME)) {
 			s.ours = true
 		} else if kind != unix.NFT_MSG_NEWSETELEM && kind != unix.NFT_MSG_DELSETELEM {
 			// Bans come and go all the time; what can drop does not change.
@@ -406,6 +406,14 @@ func (f *Firewall) tableName() string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.p.Table
+}
+
+// has tells whether a table is ours, or a companion.
+func (f *Firewall) has(family byte, table string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return table == f.r.Table && (family == unix.NFPROTO_INET ||
+		slices.ContainsFunc(f.r.companions(), func(c *ipFamily) bool { return c.nf == family }))
 }
 
 // restore installs the table again unless it stands there as we made it, and

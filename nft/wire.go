@@ -46,6 +46,8 @@ type encoder struct {
 	what   []string
 	setID  uint32
 	host   []int // indices of messages of maps with keys in the machine's byte order
+	gone   []int // of messages that delete a table which need not be there
+	owned  []int // of messages that claim a table for the sending socket
 	caught []netlink.Message
 	err    error
 }
@@ -102,6 +104,15 @@ func (e *encoder) batch() (*batch, error) {
 		h.Sequence, h.PID, h.Length = 0, 0, 0
 		h.Flags &^= flagEcho
 	}
+	for _, i := range e.gone {
+		b.messages[i].Header.Type = nftType(msgDestroyTable)
+	}
+	for _, i := range e.owned {
+		// Every table of a batch has the same name.
+		if err := setTableFlags(&b.messages[i], e.table.Name, tableOwner|tablePersist); err != nil {
+			return nil, err
+		}
+	}
 	for _, i := range e.host {
 		if err := setKeyOrder(&b.messages[i]); err != nil {
 			return nil, fmt.Errorf("nft: encoding table %s: %w", e.table.Name, err)
@@ -135,63 +146,72 @@ func setKeyOrder(m *netlink.Message) error {
 	return err
 }
 
-// replaceTable starts a batch that replaces the table, whoever made it. The
-// library cannot say "destroy"; rulesetBatch turns the first message into it.
-func (e *encoder) replaceTable(destroy bool) {
-	if destroy {
-		e.conn.DelTable(e.table)
-		e.did(1, "destroy table inet %s", e.table.Name)
-	} else {
-		// Adding what may exist makes the deletion succeed in every case.
-		e.conn.AddTable(e.table)
-		e.did(1, "add table inet %s", e.table.Name)
-		e.conn.DelTable(e.table)
-		e.did(1, "delete table inet %s", e.table.Name)
-	}
-	e.conn.AddTable(e.table)
-	e.did(1, "add table inet %s", e.table.Name)
+// in goes on with the table of the same name in another family.
+func (e *encoder) in(family byte) {
+	e.table = &nftables.Table{Name: e.table.Name, Family: nftables.TableFamily(family)}
 }
 
-// rulesetBatch is the whole table, replacing what stands under its name. With
-// k.Destroy the old table goes by one message that does not mind its absence;
-// with k.Owner the new one is owned by the sending socket and survives it.
-func rulesetBatch(r *Ruleset, k Kernel) (*batch, error) {
+func (e *encoder) name() string { return familyWords[byte(e.table.Family)] + " " + e.table.Name }
+
+// claim adds the table, which may be there already; with k.Owner it is the
+// sending socket's from then on.
+func (e *encoder) claim(verb string, k Kernel) {
+	if k.Owner {
+		e.owned = append(e.owned, len(e.what))
+	}
+	e.conn.AddTable(e.table)
+	e.did(1, "%s table %s", verb, e.name())
+}
+
+// removeTable removes the table, whoever made it, if it is there. The library
+// cannot say "destroy"; batch turns the message into it.
+func (e *encoder) removeTable(destroy bool) {
+	if destroy {
+		e.gone = append(e.gone, len(e.what))
+		e.conn.DelTable(e.table)
+		e.did(1, "destroy table %s", e.name())
+		return
+	}
+	// Adding what may exist makes the deletion succeed in every case.
+	e.conn.AddTable(e.table)
+	e.did(1, "add table %s", e.name())
+	e.conn.DelTable(e.table)
+	e.did(1, "delete table %s", e.name())
+}
+
+// rulesetBatch is the whole table and its companions, replacing what stands
+// under their names, and removes the stale companions. With k.Destroy the old
+// table goes by one message that does not mind its absence; with k.Owner the
+// new ones are owned by the sending socket and survive it.
+func rulesetBatch(r *Ruleset, k Kernel, stale ...*ipFamily) (*batch, error) {
 	e, err := newEncoder(r.Table)
 	if err != nil {
 		return nil, err
 	}
-	e.replaceTable(k.Destroy)
+	e.removeTable(k.Destroy)
+	e.claim("add", k)
 	e.ruleset(r)
-	b, err := e.batch()
-	if err != nil {
-		return nil, err
+	for i := range r.Companions {
+		e.in(r.Companions[i].family().nf)
+		e.removeTable(k.Destroy)
+		e.claim("add", k)
+		e.chains(r.Companions[i].Chains)
 	}
-	newTable := 2
-	if k.Destroy {
-		b.messages[0].Header.Type = nftType(msgDestroyTable)
-		newTable = 1
-	}
-	if k.Owner {
-		if err := setTableFlags(&b.messages[newTable], r.Table, tableOwner|tablePersist); err != nil {
-			return nil, err
-		}
-	}
-	return b, nil
+	e.stale(stale, k)
+	return e.batch()
 }
 
-// renewBatch is the same for a table that has the same chains already: they,
+// renewBatch is the same for tables that have the same chains already: they,
 // their hooks, the named counters and their values stay, and with them the
 // packets that wait in our queues, which the kernel drops with the hook that
-// queued them. All else is emptied and filled again.
-func renewBatch(r *Ruleset, k Kernel) (*batch, error) {
+// queued them or any other. All else is emptied and filled again. A companion
+// that is not there is made.
+func renewBatch(r *Ruleset, k Kernel, stale ...*ipFamily) (*batch, error) {
 	e, err := newEncoder(r.Table)
 	if err != nil {
 		return nil, err
 	}
-	e.conn.AddTable(e.table)
-	e.did(1, "claim table inet %s", r.Table)
-	e.conn.FlushTable(e.table)
-	e.did(1, "flush table inet %s", r.Table)
+	e.renew(k)
 	for i := range r.Sets {
 		if r.Sets[i].Timeout {
 			continue // what holds for its time goes on
@@ -200,16 +220,28 @@ func renewBatch(r *Ruleset, k Kernel) (*batch, error) {
 		e.did(1, "flush set %s", r.Sets[i].Name)
 	}
 	e.ruleset(r)
-	b, err := e.batch()
-	if err != nil {
-		return nil, err
+	for i := range r.Companions {
+		e.in(r.Companions[i].family().nf)
+		e.renew(k)
+		e.chains(r.Companions[i].Chains)
 	}
-	if k.Owner {
-		if err := setTableFlags(&b.messages[0], r.Table, tableOwner|tablePersist); err != nil {
-			return nil, err
-		}
+	e.stale(stale, k)
+	return e.batch()
+}
+
+// renew claims the table and takes the rules out of its chains.
+func (e *encoder) renew(k Kernel) {
+	e.claim("claim", k)
+	e.conn.FlushTable(e.table)
+	e.did(1, "flush table %s", e.name())
+}
+
+// stale removes companions that the ruleset does not have any more.
+func (e *encoder) stale(list []*ipFamily, k Kernel) {
+	for _, f := range list {
+		e.in(f.nf)
+		e.removeTable(k.Destroy)
 	}
-	return b, nil
 }
 
 // setTableFlags rewrites the body of a NEWTABLE message with these flags.
@@ -225,14 +257,22 @@ func setTableFlags(m *netlink.Message, table string, flags uint32) error {
 	return nil
 }
 
-// deleteTableBatch removes the table.
-func deleteTableBatch(table string) (*batch, error) {
+// deleteTableBatch removes the table, which must be there; or, where it has
+// companions, these and the table, whatever of them is there.
+func deleteTableBatch(table string, companions ...*ipFamily) (*batch, error) {
 	e, err := newEncoder(table)
 	if err != nil {
 		return nil, err
 	}
-	e.conn.DelTable(e.table)
-	e.did(1, "delete table inet %s", table)
+	if len(companions) == 0 {
+		e.conn.DelTable(e.table)
+		e.did(1, "delete table inet %s", table)
+		return e.batch()
+	}
+	// A kernel on which companions were made knows "destroy".
+	k := Kernel{Destroy: true}
+	e.removeTable(k.Destroy)
+	e.stale(companions, k)
 	return e.batch()
 }
 
@@ -263,14 +303,18 @@ func (e *encoder) ruleset(r *Ruleset) {
 		e.did(1, "add set %s", s.Name)
 		e.elements(s, r.Sets[i].Elements)
 	}
-	chains := make(map[string]*nftables.Chain, len(r.Chains))
-	for i := range r.Chains {
-		c := &r.Chains[i]
+	e.chains(r.Chains)
+}
+
+func (e *encoder) chains(list []Chain) {
+	chains := make(map[string]*nftables.Chain, len(list))
+	for i := range list {
+		c := &list[i]
 		chains[c.Name] = e.conn.AddChain(e.chain(c))
 		e.did(1, "add chain %s", c.Name)
 	}
-	for i := range r.Chains {
-		c := &r.Chains[i]
+	for i := range list {
+		c := &list[i]
 		for _, rule := range c.Rules {
 			e.rule(chains[c.Name], rule)
 		}
