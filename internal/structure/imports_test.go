@@ -38,6 +38,7 @@ var rules = []rule{
 	{dirs: []string{"module/pool"}, may: []string{"module/packet", "module/farm", "module/flowstore", "module/splice", "policies/snapshot"}},
 	{dirs: []string{"module/engine"}, may: []string{"module/packet", "module/http1", "module/farm", "module/flowstore", "module/splice", "module/pool", "policies/snapshot"}},
 	{dirs: []string{"module/divert"}, may: []string{"module/packet"}, tests: []string{"integration/lab", "nft"}},
+	{dirs: []string{"module/syncookie"}, may: []string{"module/packet", "module/engine"}, tests: []string{"module/flowstore"}},
 	// The rest of the module, control and the root that wires everything.
 	{dirs: []string{"module"}, may: []string{"internal/filelock", "module", "nft", "plugins/host", "policies"}, tests: []string{"integration/lab"}},
 	{dirs: []string{"cmd"}, may: []string{"internal/cli", "internal/hooks"}},
@@ -48,11 +49,12 @@ var rules = []rule{
 var kernelImports = []string{
 	"syscall", "golang.org/x/sys/unix", "github.com/mdlayher/netlink", "github.com/mdlayher/socket",
 	"github.com/google/nftables", "github.com/florianl/go-nfqueue/v2", "github.com/vishvananda/netlink", "github.com/vishvananda/netns",
+	"github.com/cilium/ebpf",
 }
 
 // kernelDirs of the module and nft may import those (DESIGN: only divert, nft
-// and flowstore touch the kernel).
-var kernelDirs = []string{"module/divert", "module/flowstore", "nft"}
+// and flowstore touch the kernel; and syncookie, which came later).
+var kernelDirs = []string{"module/divert", "module/flowstore", "module/syncookie", "nft"}
 
 func importFindings(f *file) (out []string) {
 	i := slices.IndexFunc(rules, func(r rule) bool {

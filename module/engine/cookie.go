@@ -4,7 +4,10 @@ package engine
 
 import (
 	"encoding/binary"
+	"fmt"
 	"sync/atomic"
+	"time"
+	"unsafe"
 
 	"github.com/dchest/siphash"
 
@@ -156,9 +159,12 @@ type Handshake struct {
 	*handshakeMemory
 }
 
-// handshakeMemory is what a successor goes on with.
+// handshakeMemory is what a successor goes on with, and what somebody who
+// answers SYNs in the handshake's stead writes to.
 type handshakeMemory struct {
-	seen [cookieSlots]generation
+	// answered counts what was answered by others.
+	answered atomic.Uint64
+	seen     [cookieSlots]generation
 	// sent remembers when a SYN was answered, for the round-trip time: lossy,
 	// one word per bucket, tag and time in 16 microseconds.
 	sent [rttBuckets]atomic.Uint64
@@ -175,6 +181,57 @@ func (h *Handshake) Keep(mem *flowstore.Memory) error {
 	mem.Complete()
 	return nil
 }
+
+// Share is Keep for memory that others write to as well: those who answer
+// SYNs by the Format. mem is of Format.Size bytes, aligned to 8, and stays the
+// caller's, who keeps it mapped for as long as the handshake is used.
+func (h *Handshake) Share(mem []byte) error {
+	if len(mem) != int(unsafe.Sizeof(handshakeMemory{})) || uintptr(unsafe.Pointer(&mem[0]))%8 != 0 {
+		return fmt.Errorf("engine: %d bytes are no memory of handshakes", len(mem))
+	}
+	h.handshakeMemory = (*handshakeMemory)(unsafe.Pointer(&mem[0]))
+	h.Elsewhere().Store(0)
+	return nil
+}
+
+// Elsewhere counts the SYNs that others answered in the shared memory.
+func (h *Handshake) Elsewhere() *atomic.Uint64 {
+	if h.handshakeMemory == nil {
+		return new(atomic.Uint64)
+	}
+	return &h.answered
+}
+
+// Format is all that somebody has to know who answers SYNs in the stead of a
+// Handshake: how a cookie is made, and where in the shared memory it is noted
+// that it was. Offsets and sizes are in bytes.
+type Format struct {
+	Slot    int64     // nanoseconds for which a cookie is the same
+	Classes [8]uint16 // of the MSS, ascending
+	Scale   uint8     // our window shift
+	Window  uint16    // of the SYN-ACK
+
+	Size     int // of the memory
+	Answered int // offset of the counter
+	// Generations of bitmaps begin at Seen; each is the slot that it is of
+	// and then its bits. A generation of another slot is not to be written to.
+	Seen, Generations, Generation, Words int
+	Sent, Buckets                        int // round-trip times
+}
+
+// CookieFormat is the format of this build.
+func CookieFormat() Format {
+	var m handshakeMemory
+	return Format{
+		Slot: slotNanos, Classes: mssClasses, Scale: splice.ScaleToClient, Window: HoldWindow,
+		Size: int(unsafe.Sizeof(m)), Answered: int(unsafe.Offsetof(m.answered)),
+		Seen: int(unsafe.Offsetof(m.seen)), Generations: cookieSlots, Generation: int(unsafe.Sizeof(m.seen[0])), Words: bitmapWords,
+		Sent: int(unsafe.Offsetof(m.sent)), Buckets: rttBuckets,
+	}
+}
+
+// CookieLife is how long after its SYN a cookie may be presented, at most.
+const CookieLife = time.Duration(cookieSlots * slotNanos)
 
 const rttBuckets = 1 << 14
 
@@ -199,8 +256,11 @@ func OpenHandshake(c Cookies, mss4, mss6 uint16, known func(packet.Endpoint) boo
 	return h
 }
 
+// BitsSeed keeps the place of a bit apart from the other uses of the hash.
+const BitsSeed = 7
+
 func bitOf(t *packet.Tuple, isn packet.Seq) (word, bit uint64) {
-	v := mix(t.Hash(uint64(isn)), 7)
+	v := mix(t.Hash(uint64(isn)), BitsSeed)
 	return v >> 6 % bitmapWords, v & 63
 }
 

@@ -48,6 +48,14 @@ type DB struct {
 // ByVIP returns the farm that listens there, nil if none does.
 func (db *DB) ByVIP(ep packet.Endpoint) *Farm { return db.vips[ep] }
 
+// EachVIP calls f with every address at which a farm listens, and the number of
+// that farm, in no order.
+func (db *DB) EachVIP(f func(vip packet.Endpoint, farm uint16)) {
+	for vip, of := range db.vips {
+		f(vip, of.ID)
+	}
+}
+
 // FarmByID returns the farm with that ID, a removed one too, or nil once it is
 // forgotten.
 func (db *DB) FarmByID(id uint16) *Farm {
