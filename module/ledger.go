@@ -96,6 +96,7 @@ func (m *Module) accountsOf(db *farm.DB) (all []account) {
 			f("answered", 0, &h.Answered)
 			f("ignored", 0, &h.Ignored)
 			f("refused", 0, &h.Refused)
+			f("elsewhere", 0, h.Elsewhere())
 		})
 	}
 	for i, s := range m.shards {

@@ -106,6 +106,7 @@ type Module struct {
 	foreign   atomic.Int32 // findings about tables of others
 	local     *nft.Local   // addresses of this host; nil before Run
 	handshake *engine.Handshake
+	syns      kernelSYNs
 	shards    []*shard
 	journal   *nft.Journal
 	needs     []nft.Sysctl // that the journal's changes meet
@@ -266,7 +267,7 @@ func (m *Module) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := m.openQueues(&params, &give); err != nil {
+	if err := m.openQueues(&params, kernel, &give); err != nil {
 		return err
 	}
 	processors(len(m.shards))
@@ -336,6 +337,9 @@ func (m *Module) Run(ctx context.Context) (err error) {
 	give.add(func() error { return m.journal.Restore() })
 	m.op.params = params
 
+	if err := m.attachSYNs(); err != nil {
+		m.log.Warn("SYNs are answered from the queue", "reason", err)
+	}
 	m.keep.discard = true // the rules are ours: they go with this instance
 	// From here on packets flow.
 	if !began {
@@ -373,7 +377,7 @@ func (m *Module) Run(ctx context.Context) (err error) {
 	if m.opt.Aside != "" {
 		m.event(control.Event{Name: control.EventReloadRefused, Level: control.LevelError, Text: "a predecessor died, and this instance goes on: " + m.opt.Aside})
 	}
-	m.log.Info("serving", "version", m.opt.Version, "farms", len(m.config().Farms), "shards", len(m.shards)-2, "native_queue", kernel.NativeQueue, "owned_table", m.ownership(kernel).Owner)
+	m.log.Info("serving", "version", m.opt.Version, "farms", len(m.config().Farms), "shards", len(m.shards)-2, "native_queue", kernel.NativeQueue, "owned_table", m.ownership(kernel).Owner, "kernel_syns", params.SYNToLo)
 	if m.opt.Ready != nil {
 		m.opt.Ready()
 	}
@@ -475,13 +479,13 @@ func (m *Module) takePorts(params nft.Params) (nft.Params, error) {
 const portRest = 10 * time.Second
 
 // openQueues binds the queues and makes the shards.
-func (m *Module) openQueues(params *nft.Params, give *undo) error {
+func (m *Module) openQueues(params *nft.Params, kernel nft.Kernel, give *undo) error {
 	if err := m.dropSockets(*params); err != nil {
 		return err
 	}
 	m.handshake = engine.NewHandshake(engine.NewMACCookies(m.secret), clientMSS, clientMSS, m.takesSYN)
 	m.handshake.Gone = m.leaving
-	m.keepHandshakes()
+	m.openSYNs(params, kernel, give)
 	m.keepShards(params.Shards)
 	add := func(number uint16, length uint32, role role) error {
 		cfg := divert.Config{Queue: number, Length: length, GSO: m.config().Queue.GSO}
@@ -579,6 +583,7 @@ func (m *Module) stop() {
 	m.events.Add(control.Event{Name: control.EventStopping, Text: "the instance stops"})
 	m.log.Info("stopping", "stop_timeout", m.config().StopTimeout.Std())
 	m.handshake.Stopped.Store(true)
+	m.tellSYNs()
 	m.tell(engine.Stop)
 	deadline := time.Now().Add(m.config().StopTimeout.Std())
 	lastWords := time.Now().Add(time.Second)

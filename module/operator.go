@@ -309,6 +309,7 @@ func (o operator) Trace(ctx context.Context, want control.TraceFilter, emit func
 		lost  uint64
 	}
 	records := make(chan record, traceBuffer)
+	defer o.holdSYNs()()
 	shard := -1
 	var tapped []*shardTap
 	defer func() {

@@ -116,6 +116,7 @@ func (m *Module) takeConnections() {
 	if !maps.Equal(ready, *m.ready.Load()) {
 		m.ready.Store(&ready)
 	}
+	m.tellSYNs()
 }
 
 // openFarms lets every farm take connections at the latest when the longest

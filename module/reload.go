@@ -323,7 +323,7 @@ func (m *Module) changeRules(params *nft.Params) error {
 // what drains.
 func (m *Module) paramsFor(c *config.Config, d *drains) nft.Params {
 	p := firewallParams(c, m.op.params.Shards)
-	p.ExceptPorts, p.StrictRPFilter = m.op.params.ExceptPorts, m.op.params.StrictRPFilter
+	p.ExceptPorts, p.StrictRPFilter, p.SYNToLo = m.op.params.ExceptPorts, m.op.params.StrictRPFilter, m.op.params.SYNToLo
 	d.addTo(&p)
 	return p
 }

@@ -49,6 +49,12 @@ type Source struct {
 	Shared    bool         `koanf:"shared" default:"false" doc:"Set it where a masquerade or SNAT rule can use a SNIP too: a server's segment to a port that the engine does not hold is then let through."`
 }
 
+// KernelSYNs says whether SYNs are to be answered in the kernel if that can.
+// Where a table of ours may be taken away by others, they are not.
+func (c *Config) KernelSYNs() bool {
+	return c.Queue.SYN == "auto" && c.Queue.Backend == "batched" && c.Firewall.Owned != "never"
+}
+
 // Farm is a set of servers behind one or more VIPs. All of them have one
 // address family: nothing translates between families.
 type Farm struct {
@@ -159,7 +165,7 @@ type Queue struct {
 	Shards  Shards `koanf:"shards" default:"auto" doc:"Number of shards, 1 to 64; auto is half of the processors."`
 	GSO     bool   `koanf:"gso" default:"true" doc:"Take packets as large as the kernel has them, instead of cut to the MTU."`
 	Backend string `koanf:"backend" default:"batched" enum:"batched|plain" doc:"How queues are read: batched moves many packets per system call, plain is the reference to compare with."`
-	SYN     string `koanf:"syn" default:"auto" enum:"auto|queue" doc:"Who answers SYNs to a VIP that the existing rules let through: auto, the kernel, by a BPF program at the output of lo, where it can run that (Linux 6.10 with tcx, BPF and nft_dup) and backend is batched; elsewhere, and with queue, Weir's own thread from the SYN queue."`
+	SYN     string `koanf:"syn" default:"auto" enum:"auto|queue" doc:"Who answers SYNs to a VIP on the router that the existing rules let through: auto, the kernel, by a BPF program at the output of lo, where it can run that (Linux 6.10 with tcx, BPF and nft_dup) and backend is batched; elsewhere, and with queue, Weir's own thread from the SYN queue."`
 	Length  int    `koanf:"length" default:"16384" min:"16" max:"1048576" doc:"Packets that a shard's queue may hold."`
 	Clients int    `koanf:"clients" default:"262144" min:"64" max:"16777215" doc:"Client connections that a shard may hold, those that have asked for something; a further one is reset. Each takes about 400 bytes, from when it is there. Connections do not survive a restart that changes it."`
 	Servers int    `koanf:"servers" default:"16384" min:"64" max:"1048575" doc:"The same for server connections."`

@@ -251,6 +251,7 @@ func (d *doctor) kernel() {
 	var missing *nft.MissingError
 	switch {
 	case err == nil:
+		d.params.SYNToLo = d.cfg.KernelSYNs() && k.SYNToLo()
 		way := "the native queue expression"
 		if !k.NativeQueue {
 			way = "the NFQUEUE target through nft_compat"

@@ -118,7 +118,7 @@ func (x scrape) instance(s *Source) {
 // nothing.
 func (x scrape) engines(s *Source) {
 	if s.Handshake != nil {
-		x.count(synAnswered, s.Handshake.Answered.Load())
+		x.count(synAnswered, s.Handshake.Answered.Load()+s.Handshake.Elsewhere().Load())
 		x.count(synIgnored, s.Handshake.Ignored.Load())
 		x.count(synRefused, s.Handshake.Refused.Load())
 	}

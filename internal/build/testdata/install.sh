@@ -85,7 +85,8 @@ for p in "$root"/proc/[0-9]*; do
 done
 kill -KILL "${victims[@]}"
 wait || true
-inside nft list tables | grep -q 'inet weir' && echo "killed: the rules stand"
+inside nft list tables >"$dir/tables"
+grep -q 'inet weir' "$dir/tables" && echo "killed: the rules stand"
 
 inside dpkg --remove weir
 after=$(inside nft list ruleset; cat "$root"/proc/sys/net/ipv4/conf/*/{rp_filter,accept_local} "$root/proc/sys/net/ipv4/ip_local_reserved_ports")
