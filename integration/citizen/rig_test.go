@@ -246,6 +246,14 @@ func (r *rig) params() nft.Params {
 			p.Servers = append(p.Servers, r.Server6(i))
 		}
 	}
+	err := r.Router.Do(func() error {
+		k, err := nft.Probe()
+		p.SYNToLo = k.SYNToLo()
+		return err
+	})
+	if err != nil {
+		r.t.Fatal(err)
+	}
 	return p
 }
 

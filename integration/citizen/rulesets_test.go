@@ -137,7 +137,8 @@ func (r *rig) others() string {
 	skip := false
 	for line := range strings.Lines(text) {
 		if strings.HasPrefix(line, "table ") {
-			skip = strings.HasPrefix(line, "table inet weir ")
+			family, table, _ := strings.Cut(strings.TrimPrefix(line, "table "), " ")
+			skip = strings.HasPrefix(table, "weir ") && strings.HasPrefix(family, "i") // inet, ip, ip6
 		}
 		if !skip {
 			out.WriteString(line)

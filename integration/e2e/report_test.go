@@ -77,7 +77,6 @@ func TestMetrics(t *testing.T) {
 		`weir_syn_answered_total`:                                                20,
 		`weir_firewall_up`:                                                       1,
 		`weir_firewall_packets_total{counter="syn"}`:                             20,
-		`weir_queue_received_packets_total{queue="syn"}`:                         20,
 		`weir_queue_kernel_dropped_packets_total{queue="0",reason="queue_full"}`: 0,
 		`weir_server_state{farm="web",server="s1",state="ready"}`:                1,
 		`weir_config_last_reload_successful`:                                     1,
